@@ -1,0 +1,48 @@
+# `make demo` and `make test` each do all their own set-up: a venv, the pinned packages, then the work.
+# TORCH_PIP takes extra pip options for torch alone, e.g. the index of CPU builds (README, "Which torch").
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_PIP ?=
+OUT ?= out
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test lint install-demo install-dev clean
+
+demo: $(VENV)/.demo
+	$(BIN)/hypersd-export --target onnx --out $(OUT)/demo --overwrite
+	$(BIN)/hypersd-generate $(OUT)/demo --out $(OUT)/demo-images --grid $(OUT)/demo.png --seed 7 \
+	  --prompt "a fox on a blue background" --prompt "a strawberry on a yellow background" \
+	  --prompt "a sunflower on a purple background" --prompt "a hamburger on a green background" \
+	  --num-images 4
+	@echo "bundle: $(OUT)/demo    picture: $(OUT)/demo.png"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install-demo: $(VENV)/.demo
+install-dev: $(VENV)/.dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) $(TORCH_PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[export,cpu]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,1 @@
+"""Latency and quality of what the export wrote, and the peers to compare it with."""
