@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint install-demo install-dev clean
+.PHONY: demo test lint install-demo install-dev peer-optimum clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hypersd-export --target onnx --out $(OUT)/demo --overwrite
@@ -42,6 +42,14 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+# optimum-onnx pins an older transformers, so it lives in an environment of its own (benchmarks/peers/README.md).
+peer-optimum: .venv-peers/optimum/.done
+.venv-peers/optimum/.done: benchmarks/peers/optimum/requirements.txt
+	$(PYTHON) -m venv .venv-peers/optimum
+	.venv-peers/optimum/bin/python -m pip install --quiet $(TORCH_PIP) $(TORCH)
+	.venv-peers/optimum/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 clean:
