@@ -17,12 +17,12 @@ TEXT: dict[str, Any] = {
     "max_position_embeddings": 32, "hidden_act": "quick_gelu", "projection_dim": 128,
 }  # fmt: skip
 VISION: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "image_size": 32, "patch_size": 4, "hidden_act": "quick_gelu", "projection_dim": 128,
+    "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "image_size": 32, "patch_size": 8, "hidden_act": "quick_gelu", "projection_dim": 128,
 }  # fmt: skip
 
 
-def new_clip(tokenizer: Any) -> Any:
+def new_clip(tokenizer: Any, *, text: dict[str, Any] = TEXT, vision: dict[str, Any] = VISION) -> Any:
     """A freshly initialised transformers CLIPModel whose text tower fits `tokenizer`."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -30,7 +30,8 @@ def new_clip(tokenizer: Any) -> Any:
         "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
-    return CLIPModel(CLIPConfig(text_config={**TEXT, **ends}, vision_config=VISION, projection_dim=128))
+    dim = text["projection_dim"]
+    return CLIPModel(CLIPConfig(text_config={**text, **ends}, vision_config=vision, projection_dim=dim))
 
 
 def matches(spec: SceneSpec) -> torch.Tensor:
@@ -67,7 +68,8 @@ def train_clip(
     def losses(step: int) -> dict[str, torch.Tensor]:
         del step
         spec, pictures = next(scenes)
-        ids = tokenize(tokenizer, spec.captions())
+        # attention is causal and the summary stands at the end token: what is cut off here is padding without effect
+        ids = tokenizer(spec.captions(), padding=True, return_tensors="pt").input_ids
         text = F.normalize(clip.get_text_features(input_ids=ids).pooler_output.float(), dim=1)
         image = F.normalize(clip.get_image_features(pixel_values=pictures).pooler_output.float(), dim=1)
         positive, scale = matches(spec), clip.logit_scale.exp().clamp(max=100)

@@ -91,7 +91,7 @@ def train(
 
 
 def _must_cool(schedule: Schedule, seconds: float, done: int) -> bool:
-    """Is the time that is left just enough for the cool-down, at the pace so far?"""
-    if not schedule.max_minutes or done == 0:
+    """Is the time that is left just enough for the cool-down, at the pace so far? The first steps tell no pace yet."""
+    if not schedule.max_minutes or done < min(50, schedule.cooldown):
         return False
     return seconds + schedule.cooldown * seconds / done >= schedule.max_minutes * 60
