@@ -1,0 +1,208 @@
+"""The model card (README.md of a bundle): what it is, how it was made, and how to make pictures with it.
+
+Plain string templating over a plain dict, so that the card can be rebuilt from data alone.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_TEMPLATE = """\
+---
+{front_matter}
+---
+
+# {title}
+
+{summary}
+
+| | |
+|---|---|
+{facts}
+
+## Make pictures
+
+With the runtime of this project, which needs neither torch nor diffusers:
+
+```
+pip install 'hypersd[cpu]'
+hypersd-generate . --prompt {prompt_shell}
+```
+
+or from Python:
+
+```python
+from hypersd_export.runtime import Pipeline
+
+pipeline = Pipeline.from_bundle(".")
+pipeline({prompt_python}, seed=0).images[0].save("picture.png")
+```
+
+The schedule is inside (`plan.json`), so there is no scheduler to choose. The same seed gives the same noise on every
+machine. `hypersd-generate . --golden` reproduces the picture in `golden/` and says how close it came.
+
+## The plan
+
+{plans}
+
+{table_note}
+
+## In optimum
+
+{optimum}
+
+## Checked against torch
+
+{parity}
+
+## Licence and limits
+
+{licence}
+
+The base pipeline's safety checker was **dropped** in the export (`safety_checker` is null in `model_index.json`):
+nothing filters what this model draws, and whoever publishes its output answers for it.
+"""
+
+_OPTIMUM = """\
+The folder has Optimum's layout and tensor names. Turn IO binding **off**: with it (the default on CUDA) the latents are
+overwritten during the loop whenever guidance is off, and every picture is garbage.
+
+```python
+from diffusers import {scheduler}
+from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+pipeline = ORTStableDiffusionPipeline.from_pretrained(".", use_io_binding=False)
+pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")
+image = pipeline({prompt_python}, {call}).images[0]
+```
+
+{exact}"""
+
+_EXACT = "With this scheduler and this call diffusers takes the same steps as `plan.json`."
+_INEXACT = (
+    "diffusers cannot express this plan exactly: its steps come close to those of `plan.json` but are not the same, "
+    "so use `hypersd-generate` where the picture must be the same."
+)
+
+
+def _sentence(note: str | None) -> str:
+    return f"({note})" if note else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _front_matter(card: Mapping[str, Any]) -> str:
+    lines = ["library_name: hypersd", "pipeline_tag: text-to-image"]
+    if card.get("license"):
+        lines.append(f"license: {json.dumps(card['license'])}")
+    if card["base"].get("hub_id"):
+        lines.append(f"base_model: {json.dumps(card['base']['hub_id'])}")
+    return "\n".join([*lines, "tags:", "- text-to-image", "- few-step", "- onnx"])
+
+
+def _facts(card: Mapping[str, Any]) -> str:
+    base = card["base"]
+    rows = [("Base", f"{base['name']} ({base['family']}), sha256 `{base['digest'][:16]}…`")]
+    for lora in card["loras"]:
+        rows.append(("LoRA", f"{lora['file']} at scale {lora['scale']:g}, sha256 `{lora['digest'][:16]}…`"))
+    if not card["loras"]:
+        rows.append(("LoRA", "none"))
+    rows.append(("Picture", f"{card['width']} x {card['height']} px, {card['batch']} at a time"))
+    for name, target in card["targets"].items():
+        rows.append(("Target", f"{name}: " + ", ".join(f"{key} {value}" for key, value in target.items())))
+    rows.append(("Made with", f"hypersd {card['hypersd']}, {card['created']}"))
+    return "\n".join(f"| {key} | {value} |" for key, value in rows)
+
+
+def _plans(entries: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for number, entry in enumerate(entries):
+        plan, guidance = entry["plan"], entry["plan"]["guidance"]
+        kind = guidance["kind"]
+        rows.append(
+            [
+                f"{entry['steps']}" + (" (default)" if number == 0 and len(entries) > 1 else ""),
+                str(plan["solver"]),
+                "none" if kind == "none" else f"{kind} {guidance['scale']:g}",
+                f"{plan.get('eta', 0.0):g}",
+                ", ".join(_number(row["t"]) for row in entry["table"]["rows"]),
+                str(entry["source"]),
+            ]
+        )
+    return _table(["steps", "solver", "guidance", "eta", "timesteps", "from"], rows)
+
+
+def _table_note(entries: Sequence[Mapping[str, Any]]) -> str:
+    note = "Guidance follows `u + w (c - u)`. "
+    if any(entry["plan"]["guidance"]["kind"] == "cfg" for entry in entries):
+        return note + "Where it is `cfg`, `--guidance` and `--negative-prompt` work; the scale above is the default."
+    return note + "No plan here evaluates an unconditional branch, so there is no `--guidance` and no negative prompt."
+
+
+def _parity(parity: Mapping[str, Any] | str) -> str:
+    if isinstance(parity, str):
+        return f"This bundle was exported with `--no-verify`: **{parity}**."
+    rows = []
+    for name, numbers in parity.items():
+        worst = numbers.get("max_abs")
+        rows.append([name, _decibel(numbers.get("psnr_db")), "–" if worst is None else _number(worst)])
+    text = _table(["component", "PSNR, dB", "largest difference"], rows)
+    return text + "\n\nOn seeded inputs at each of the plan's timesteps; the full numbers are in `manifest.json`."
+
+
+def _decibel(value: Any) -> str:
+    if value is None:
+        return "–"
+    return "equal" if isinstance(value, str) or value >= 200 else f"{value:.1f}"
+
+
+def model_card(card: Mapping[str, Any]) -> str:
+    """The text of README.md.
+
+    Args:
+        card: plain data with the keys
+
+            title, summary: a heading and one or two sentences
+            base: {name, family, digest, hub_id (optional)}
+            loras: [{file, scale, digest}]
+            width, height, batch: the picture in pixels, and how many the graphs make at a time
+            targets: {"onnx": {"precision": …, "opset": …}}
+            entries: the entries of plan.json
+            scheduler: diffusers' class name; call: the keyword arguments of the pipeline call as Python source, such
+                as "num_inference_steps=4, guidance_scale=0.0"; exact: whether diffusers can express the plan;
+                note (optional): what `diffusers_scheduler` has to say about it
+            parity: as in manifest.json
+            prompt: an example
+            license: an identifier, or None; license_note: sentences
+            hypersd, created: as in manifest.json
+
+    Raises:
+        KeyError: a key is missing.
+    """
+    prompt = str(card["prompt"])
+    return _TEMPLATE.format(
+        front_matter=_front_matter(card),
+        title=card["title"],
+        summary=card["summary"],
+        facts=_facts(card),
+        prompt_shell="'" + prompt.replace("'", "'\\''") + "'",
+        prompt_python=json.dumps(prompt, ensure_ascii=False),
+        plans=_plans(card["entries"]),
+        table_note=_table_note(card["entries"]),
+        optimum=_OPTIMUM.format(
+            scheduler=card["scheduler"],
+            call=card["call"],
+            prompt_python=json.dumps(prompt, ensure_ascii=False),
+            exact=" ".join(filter(None, [_EXACT if card["exact"] else _INEXACT, _sentence(card.get("note"))])),
+        ),
+        parity=_parity(card["parity"]),
+        licence=card["license_note"],
+    )

@@ -1,0 +1,146 @@
+"""onnxruntime sessions: one per component, on the provider that was asked for and on no other.
+
+Results are fresh arrays: `run` neither binds nor reuses buffers, because a UNet whose output buffer is its input
+buffer overwrites the latents that the step still needs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hypersd_export.errors import BundleError, MissingBackend, OptionError
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+}
+
+_DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """An input or output of a graph; a dimension that is not fixed is None."""
+
+    shape: tuple[int | None, ...]
+    dtype: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graph:
+    """A loaded ONNX graph."""
+
+    path: Path
+    session: Any
+    inputs: Mapping[str, Tensor]
+    outputs: tuple[str, ...]
+
+    def run(self, **feeds: npt.ArrayLike) -> dict[str, Array]:
+        """Evaluate the graph; inputs are cast to its types, and the outputs are new arrays by name.
+
+        Raises:
+            BundleError: onnxruntime refuses the inputs or fails inside, which means that the bundle does not fit.
+        """
+        arrays = {name: np.asarray(value, dtype=self.inputs[name].dtype, order="C") for name, value in feeds.items()}
+        try:
+            outputs = self.session.run(None, arrays)
+        except Exception as error:  # onnxruntime's own types, which share no base class
+            raise BundleError(f"{self.path} failed: {_first_line(error)}") from error
+        return dict(zip(self.outputs, outputs, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module, or `MissingBackend` with the extra that brings it."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingBackend("onnxruntime", "cpu", "the runtime") from error
+    return onnxruntime
+
+
+def resolve_provider(name: str) -> str:
+    """onnxruntime's name of a provider.
+
+    Raises:
+        OptionError: there is no such provider, or the installed onnxruntime was built without it.
+        MissingBackend: "cuda" and "tensorrt" with the CPU build of onnxruntime.
+    """
+    provider = PROVIDERS.get(name)
+    if provider is None:
+        raise OptionError(f"provider {name!r} is not known: choose one of {', '.join(PROVIDERS)}")
+    available = import_onnxruntime().get_available_providers()
+    if provider in available:
+        return provider
+    if name in ("cuda", "tensorrt"):
+        raise MissingBackend("onnxruntime-gpu", "gpu", f"provider {name!r}")
+    here = ", ".join(short for short, long in PROVIDERS.items() if long in available)
+    raise OptionError(f"provider {name!r} is not in this build of onnxruntime: it has {here}")
+
+
+def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None) -> Graph:
+    """Load a model.onnx.
+
+    Args:
+        path: the file; its external data lie beside it.
+        provider: a key of `PROVIDERS`. A graph's nodes that the provider does not have run on the CPU, as onnxruntime
+            does it; the provider as a whole is never replaced.
+        threads: for one operator; onnxruntime's choice (one per core) if None.
+
+    Raises:
+        OptionError, MissingBackend: see `resolve_provider`; or the provider does not start on this machine.
+        BundleError: the file is missing or is no ONNX graph.
+    """
+    wanted = resolve_provider(provider)
+    if threads is not None and threads < 1:
+        raise OptionError(f"--threads {threads}: must be at least 1")
+    onnxruntime = import_onnxruntime()
+    if not path.is_file():
+        raise BundleError(f"{path} is missing: export the bundle again")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Threads that spin while they wait take the CPU from everything else; without it a busy machine is twice as fast.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[wanted], enable_fallback=0)
+    except Exception as error:  # onnxruntime's own types, which share no base class
+        raise BundleError(f"cannot load {path} on {provider}: {_first_line(error)}") from error
+    if wanted not in session.get_providers():
+        raise OptionError(f"provider {provider!r} does not start on this machine: check its driver, or use another")
+    return Graph(
+        path=path,
+        session=session,
+        inputs={node.name: _tensor(node, path) for node in session.get_inputs()},
+        outputs=tuple(node.name for node in session.get_outputs()),
+    )
+
+
+def _tensor(node: Any, path: Path) -> Tensor:
+    if node.type not in _DTYPES:
+        raise BundleError(f"{path} has input {node.name!r} of type {node.type}, which this runtime does not feed")
+    shape = tuple(size if isinstance(size, int) else None for size in node.shape)
+    return Tensor(shape=shape, dtype=_DTYPES[node.type])

@@ -1,0 +1,362 @@
+"""The bundle as a callable: prompt in, pictures out. NumPy, onnxruntime and tokenizers; no torch, no scheduler.
+
+    ids = tokenizer(prompt)
+    states = text_encoder(ids)
+    x = init_noise_sigma * noise(seed, image number)
+    x = a x + b net(k x, t) + c z      for each row of plan.json's table; with CFG net = u + w (c - u)
+    pixels = vae_decoder(x / scaling_factor)
+
+Image i of a seed has the noise of (seed, i), so it is the same picture however many are made with it. The graphs have
+a batch size of their own; images are put through in groups of that size, the last one filled up.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hypersd_export.bundle.manifest import bundle_digest, read_manifest, verify_files
+from hypersd_export.bundle.publish import recover
+from hypersd_export.diffusion.noise import initial_noise, step_noise
+from hypersd_export.diffusion.plan import Guidance, GuidanceKind
+from hypersd_export.diffusion.planfile import PlanEntry, PlanFile
+from hypersd_export.diffusion.sampling import run, start_sample
+from hypersd_export.diffusion.table import start_row
+from hypersd_export.errors import BundleError, HypersdError, OptionError, PlanError
+from hypersd_export.runtime.images import to_image, to_sample, to_uint8
+from hypersd_export.runtime.onnx import Graph, open_graph, resolve_provider
+from hypersd_export.runtime.result import Float, Guide, Result
+from hypersd_export.runtime.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from hypersd_export.runtime.golden import GoldenReport
+
+StepNoise = Callable[[int], Float]
+
+_UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states"}
+
+
+@dataclass(kw_only=True)
+class Pipeline:
+    """A loaded bundle; make it with `from_bundle`. Components are loaded when they are first needed.
+
+    One call at a time: a pipeline belongs to one thread.
+    """
+
+    path: Path
+    plans: PlanFile
+    digest: str
+    provider: str
+    threads: int | None = None
+    batch: int = 1
+    """Images at once where the graphs leave that open."""
+    _graphs: dict[str, Graph] = field(default_factory=dict)
+    _tokenizer: Tokenizer | None = None
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | Path,
+        *,
+        provider: str = "cpu",
+        check: bool = True,
+        threads: int | None = None,
+        batch: int = 1,
+    ) -> "Pipeline":
+        """Open a bundle.
+
+        Args:
+            path: the folder that `hypersd-export` wrote.
+            provider: a key of `hypersd_export.runtime.onnx.PROVIDERS`; never replaced by another.
+            check: compare every file with its sha256 in the manifest first.
+            threads: for one operator; one per core if None.
+            batch: images at once where the graphs were exported with a free batch size.
+
+        Raises:
+            BundleError: no bundle, another version, a file that was changed, is missing or does not belong.
+            OptionError, MissingBackend: the provider.
+        """
+        bundle = Path(path)
+        if not bundle.exists():
+            recover(bundle)  # an export that was killed while it replaced this bundle
+        manifest = read_manifest(bundle)
+        if check:
+            verify_files(bundle, manifest)
+        if batch < 1:
+            raise OptionError(f"batch {batch}: must be at least 1")
+        resolve_provider(provider)
+        plans = _read_plans(bundle)
+        digest = bundle_digest(bundle)
+        return cls(path=bundle, plans=plans, digest=digest, provider=provider, threads=threads, batch=batch)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of one image."""
+        shape = self._graph("unet").inputs["sample"].shape[1:]
+        config = self._config("unet")
+        size = config.get("sample_size")
+        stated = (config.get("in_channels"), *(size if isinstance(size, list) else (size, size)))
+        full = [here or there for here, there in zip(shape, stated, strict=True)]
+        sides = [side for side in full if isinstance(side, int)]
+        if len(sides) != 3:
+            raise BundleError(f"{self.path}/unet does not say how large its latents are: export the bundle again")
+        return sides[0], sides[1], sides[2]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the pictures in pixels."""
+        _, height, width = self.latent_shape
+        scale = 2 ** (len(self._value("vae_decoder", "block_out_channels")) - 1)
+        return width * scale, height * scale
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        guidance: float | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        init_image: "Image | None" = None,
+        strength: float = 0.6,
+        noise: Float | None = None,
+    ) -> Result:
+        """Make pictures of one prompt.
+
+        Args:
+            prompt: any text, the empty one included; what the text encoder cannot hold is cut with a warning.
+            negative_prompt: what the unconditional branch sees; only where the plan has one (guidance kind cfg).
+            guidance: scale of u + w (c - u) in place of the plan's; only where the kind is cfg. Up to 1 means none.
+            steps: which table of plan.json; the first one if None.
+            seed: 0 … 2^64 - 1.
+            num_images: image i has the noise (seed, i).
+            init_image: start from this picture (image-to-image) instead of from noise alone.
+            strength: how much of the way is walked from `init_image`: the last ⌊steps * strength⌋ rows.
+            noise: standard normal [num_images, C, h, w] in place of the seed's initial noise.
+
+        Raises:
+            OptionError: a value that is out of range, or has no effect with this plan.
+            BundleError: the bundle's graphs or configurations do not fit together.
+        """
+        entry = self._entry(steps)
+        weight = self._weight(entry, guidance, negative_prompt)
+        if num_images < 1:
+            raise OptionError(f"num_images {num_images}: must be at least 1")
+        start = 0 if init_image is None else self._start(entry, strength)
+        self._seconds = {}
+        guide = self._guide(prompt, negative_prompt, weight)
+        with self._timed("unet"):  # it is loaded here
+            shape = self.latent_shape
+        noise = self._initial_noise(seed, num_images, noise)
+        if init_image is None:
+            x = np.float32(entry.table.init_noise_sigma) * noise
+        else:
+            x = start_sample(entry.table, start=start, latents=self._image_latents(init_image), noise=noise)
+
+        def fresh(stream: int) -> Float:
+            return np.stack([step_noise(seed=seed, index=i, step=stream, shape=shape) for i in range(num_images)])
+
+        latents = self.sample(entry, x.astype(np.float32), guide, fresh, start=start)
+        pixels = self.decode(latents)
+        return Result(
+            images=[to_image(image) for image in pixels],
+            latents=latents,
+            seconds=dict(self._seconds),
+            plan=entry,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            guidance=weight,
+            seed=seed,
+            bundle_digest=self.digest,
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer, at the length that the text encoder reads."""
+        if self._tokenizer is None:
+            length = self._graph("text_encoder").inputs["input_ids"].shape[1]
+            if length is None:
+                length = self._config("text_encoder").get("max_position_embeddings")
+            self._tokenizer = load_tokenizer(self.path / "tokenizer", length=length)
+        return self._tokenizer
+
+    def _guide(self, prompt: str, negative_prompt: str, weight: float | None) -> Guide:
+        with self._timed("text_encoder"):
+            texts = [prompt] if weight is None else [negative_prompt, prompt]
+            states = self.encode([self.tokenizer.encode(text) for text in texts])
+        if weight is None:
+            return Guide(cond=states[0], uncond=None, weight=1.0)
+        return Guide(cond=states[1], uncond=states[0], weight=weight)
+
+    def encode(self, ids: Sequence[npt.NDArray[np.int64]]) -> list[Float]:
+        """Text states, float [S, C] for each row of ids [1, S]."""
+        graph = self._graph("text_encoder")
+        rows = np.concatenate(ids)
+        size = graph.inputs["input_ids"].shape[0] or len(rows)
+        states = [graph.run(input_ids=part)["last_hidden_state"] for part in _groups(rows, size)]
+        return list(np.concatenate(states)[: len(rows)])
+
+    def sample(self, entry: PlanEntry, x: Float, guide: Guide, fresh: StepNoise, *, start: int = 0) -> Float:
+        """Walk the table from row `start`: latents [N, C, h, w] in, latents out; `fresh(stream)` gives [N, C, h, w]."""
+        with self._timed("unet"):
+            graph = self._graph("unet")
+            unknown = set(graph.inputs) - _UNET_INPUTS
+            if unknown:
+                names = ", ".join(sorted(unknown))
+                raise BundleError(f"the UNet of {self.path} also wants {names}, which this version does not feed")
+            branches = 1 if guide.uncond is None else 2
+            rows = graph.inputs["sample"].shape[0] or branches * min(self.batch, len(x))
+            if rows % branches:
+                raise BundleError(f"the UNet of {self.path} has {rows} rows, and guidance needs an even number")
+            size = rows // branches
+            states = np.repeat(np.stack([s for s in (guide.uncond, guide.cond) if s is not None]), size, axis=0)
+
+            def net(scaled: Float, t: float) -> Float:
+                parts = [_denoise(graph, part, t, states, guide) for part in _groups(scaled, size)]
+                return np.concatenate(parts)[: len(scaled)]
+
+            latents: Float = run(entry.table, net, x, step_noise=fresh, start=start)
+            return latents.astype(np.float32)
+
+    def decode(self, latents: Float) -> npt.NDArray[np.uint8]:
+        """Latents [N, C, h, w] to pixels uint8 [N, H, W, 3]."""
+        with self._timed("vae_decoder"):
+            graph = self._graph("vae_decoder")
+            scaled = latents / np.float32(self._value("vae_decoder", "scaling_factor"))
+            scaled = scaled + np.float32(self._config("vae_decoder").get("shift_factor") or 0.0)
+            size = graph.inputs["latent_sample"].shape[0] or min(self.batch, len(latents))
+            parts = [to_uint8(graph.run(latent_sample=part)["sample"]) for part in _groups(scaled, size)]
+            return np.concatenate(parts)[: len(latents)]
+
+    def golden(self) -> "GoldenReport":
+        """Reproduce golden/ (see `hypersd_export.runtime.golden`)."""
+        from hypersd_export.runtime.golden import reproduce
+
+        return reproduce(self)
+
+    def golden_psnr(self) -> float:
+        """PSNR in dB between golden/'s picture and ours from the same noise; infinite if they are equal."""
+        return self.golden().psnr_db
+
+    def _entry(self, steps: int | None) -> PlanEntry:
+        try:
+            return self.plans.for_steps(steps)
+        except PlanError as error:
+            raise OptionError(str(error)) from None
+
+    def _start(self, entry: PlanEntry, strength: float) -> int:
+        try:
+            return start_row(entry.steps, strength)
+        except PlanError as error:
+            raise OptionError(str(error)) from None
+
+    def _weight(self, entry: PlanEntry, guidance: float | None, negative_prompt: str) -> float | None:
+        """The weight of u + w (c - u), None without an unconditional branch."""
+        plan = entry.plan.guidance
+        if plan.kind is GuidanceKind.CFG:
+            if guidance is None:
+                return plan.scale
+            try:
+                return Guidance.of(guidance).scale
+            except PlanError as error:
+                raise OptionError(str(error)) from None
+        fixed = f"the {entry.steps}-step plan of this bundle has guidance {plan.kind}"
+        if guidance is not None:
+            raise OptionError(f"guidance {guidance}: {fixed}, fixed at export; export with --guidance for another")
+        if negative_prompt:
+            raise OptionError(f"a negative prompt has no effect: {fixed}, with no unconditional branch; leave it out")
+        return None
+
+    def _initial_noise(self, seed: int, num_images: int, given: Float | None) -> Float:
+        """The caller's noise, checked, or the seed's."""
+        shape = self.latent_shape
+        if given is None:
+            return np.stack([initial_noise(seed=seed, index=i, shape=shape) for i in range(num_images)])
+        if given.shape != (num_images, *shape):
+            raise OptionError(f"noise of shape {given.shape}: this bundle wants {(num_images, *shape)}")
+        return given.astype(np.float32)
+
+    def _image_latents(self, image: "Image") -> Float:
+        """Latents [1, C, h, w] of a picture: the posterior's mean (diffusers draws from it) times scaling_factor."""
+        if not (self.path / "vae_encoder").is_dir():
+            raise BundleError(f"{self.path} has no vae_encoder, which image-to-image needs: export the bundle again")
+        with self._timed("vae_encoder"):
+            graph = self._graph("vae_encoder")
+            sample = to_sample(image, *self.size)
+            size = graph.inputs["sample"].shape[0] or 1
+            moments = graph.run(sample=np.repeat(sample, size, axis=0))["latent_parameters"][:1]
+            mean = moments[:, : moments.shape[1] // 2].astype(np.float32)
+            shift = np.float32(self._config("vae_decoder").get("shift_factor") or 0.0)
+            latents: Float = (mean - shift) * np.float32(self._value("vae_decoder", "scaling_factor"))
+            return latents
+
+    def _graph(self, name: str) -> Graph:
+        if name not in self._graphs:
+            path = self.path / name / "model.onnx"
+            self._graphs[name] = open_graph(path, provider=self.provider, threads=self.threads)
+        return self._graphs[name]
+
+    def _config(self, component: str) -> dict[str, Any]:
+        return _read_object(self.path / component / "config.json")
+
+    def _value(self, component: str, key: str) -> Any:
+        config = self._config(component)
+        if config.get(key) is None:
+            raise BundleError(f"{self.path}/{component}/config.json has no {key}: export the bundle again")
+        return config[key]
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def _denoise(graph: Graph, x: Float, t: float, states: Float, guide: Guide) -> Float:
+    """The network's output for one full group of latents, both branches in one call."""
+    timestep = np.full((1,) * len(graph.inputs["timestep"].shape), t)
+    rows = x if guide.uncond is None else np.concatenate([x, x])
+    out = graph.run(sample=rows, timestep=timestep, encoder_hidden_states=states)["out_sample"].astype(np.float32)
+    if guide.uncond is None:
+        return out
+    uncond, cond = np.split(out, 2)
+    if guide.weight == 1.0:
+        return cond
+    mixed: Float = uncond + np.float32(guide.weight) * (cond - uncond)
+    return mixed
+
+
+def _groups(rows: npt.NDArray[Any], size: int) -> Iterator[npt.NDArray[Any]]:
+    """Rows in groups of exactly `size`; the last one is filled up with copies of its last row."""
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        yield part if len(part) == size else np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {path} ({str(error)[:80]}): export the bundle again") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} holds no JSON object: export the bundle again")
+    return data
+
+
+def _read_plans(bundle: Path) -> PlanFile:
+    path = bundle / "plan.json"
+    data = _read_object(path)
+    try:
+        return PlanFile.from_json(data)
+    except HypersdError as error:
+        raise BundleError(f"{path} cannot be used ({error}): export the bundle again") from error
