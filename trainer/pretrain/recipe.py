@@ -22,9 +22,9 @@ class PretrainConfig:
     )
     unet_batch: int = 64
     unet: Schedule = field(
-        default_factory=lambda: Schedule(steps=20000, lr=8e-4, cooldown=3000, warmup=300, ema_decay=0.9995)
+        default_factory=lambda: Schedule(steps=20000, lr=8e-4, cooldown=3000, warmup=300, ema_decay=0.999)
     )
-    pool: int = 65536
+    pool: int = 32768
     test_scenes: int = 512
     steps: int = 25
     guidance: float = 3.0
