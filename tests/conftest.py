@@ -1,6 +1,11 @@
 """Fixtures that several test packages share."""
 
+import os
 from pathlib import Path
+
+# One thread a test process: the models are tiny, two workers share two cores, and threads that wait for each other
+# cost far more than they save. Set before torch is imported; the tests' own subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
