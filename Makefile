@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 demo: $(VENV)/.demo
 	$(BIN)/hypersd-export --target onnx --out $(OUT)/demo --overwrite
-	$(BIN)/hypersd-generate $(OUT)/demo --grid --out $(OUT)/demo.png --seed 7 \
+	$(BIN)/hypersd-generate $(OUT)/demo --grid --enlarge 4 --out $(OUT)/demo.png --seed 7 \
 	  --prompt "a fox on a blue background" --prompt "a strawberry on a yellow background" \
 	  --prompt "a sunflower on a purple background" --prompt "a hamburger on a green background" \
 	  --num-images 4

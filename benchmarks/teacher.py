@@ -152,8 +152,11 @@ def report(teacher: Teacher, judge: Judge, count: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(6)
     result["diversity"] = {"real": variety(judge, lambda spec, _: renderer(spec, generator))}
     for steps in STEPS:
-        drawn = variety(judge, lambda s, n, k=steps: teacher.draw(s.captions(), k, first_seed=10_000 * (n + 1)))
-        result["diversity"][str(steps)] = drawn
+
+        def drawn(spec: SceneSpec, seed: int, steps: int = steps) -> torch.Tensor:
+            return teacher.draw(spec.captions(), steps, first_seed=10_000 * (seed + 1))
+
+        result["diversity"][str(steps)] = variety(judge, drawn)
     return result
 
 

@@ -35,7 +35,7 @@ class LoraError(HypersdError):
     """A LoRA that does not fully land in the model."""
 
 
-class MissingBackend(HypersdError):
+class MissingBackend(HypersdError):  # noqa: N818 (says what is wrong, as the others do)
     """A package or execution provider that the command needs is not installed."""
 
     def __init__(self, package: str, extra: str, need: str) -> None:

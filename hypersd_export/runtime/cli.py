@@ -44,6 +44,7 @@ class Request:
     strength: float | None
     out: Path | None
     grid: bool
+    enlarge: int
 
 
 @app.command(no_args_is_help=True)
@@ -65,6 +66,7 @@ def generate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     grid: Annotated[bool, typer.Option("--grid", help="One PNG, a row of pictures for each prompt.")] = False,
+    enlarge: Annotated[int, typer.Option(help="Write each pixel as a square of so many.")] = 1,
     golden: Annotated[bool, typer.Option("--golden", help="Reproduce the bundle's golden picture.")] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare sha256 of every file first.")] = True,
 ) -> None:
@@ -77,7 +79,7 @@ def generate(
             prompts = (*(prompt or ()), *(_read_prompts(prompt_file) if prompt_file else ()))
             request = Request(
                 prompts=prompts, negative_prompt=negative_prompt, guidance=guidance, steps=steps, seed=seed,
-                num_images=num_images, init_image=init_image, strength=strength, out=out, grid=grid,
+                num_images=num_images, init_image=init_image, strength=strength, out=out, grid=grid, enlarge=enlarge,
             )  # fmt: skip
             check_out(request)
         from hypersd_export.runtime.pipeline import Pipeline
@@ -138,6 +140,8 @@ def check_out(request: Request) -> None:
     from hypersd_export.bundle.disk import existing_ancestor
 
     out = request.out
+    if not 1 <= request.enlarge <= 64:
+        raise OptionError(f"--enlarge {request.enlarge}: must be from 1 to 64")
     if request.strength is not None and request.init_image is None:
         raise OptionError("--strength needs --init-image")
     if request.num_images < 1:
@@ -224,7 +228,7 @@ def _generate(pipeline: "Pipeline", request: Request, as_json: bool, opened: flo
 def _write(request: Request, results: "Sequence[Result]") -> list[Path]:
     """Write the pictures, or their grid; creates the folder, and takes it back if nothing could be written."""
     from hypersd_export.bundle.disk import disk_full, is_disk_full, make_parents, reason, remove_empty
-    from hypersd_export.runtime.images import grid, save_png
+    from hypersd_export.runtime.images import enlarged, grid, save_png
 
     files = out_files(request)
     pictures: list[tuple[Image, dict[str, Any]]] = [
@@ -242,7 +246,7 @@ def _write(request: Request, results: "Sequence[Result]") -> list[Path]:
         raise DestinationError(f"cannot create {files[0].parent}: {reason(error)}; choose another --out") from error
     try:
         for path, (image, metadata) in zip(files, pictures, strict=True):
-            save_png(image, path, metadata)
+            save_png(enlarged(image, request.enlarge), path, metadata)
     except BaseException:
         remove_empty(created)
         raise

@@ -74,6 +74,15 @@ def grid(images: Sequence["Image"], columns: int) -> "Image":
     return sheet
 
 
+def enlarged(image: "Image", times: int) -> "Image":
+    """Each pixel as a square of `times` × `times`: small models' pictures on large screens, without smoothing."""
+    from PIL import Image
+
+    if times == 1:
+        return image
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
+
 def read_image(path: Path) -> "Image":
     """A picture from a file, upright and in RGB.
 

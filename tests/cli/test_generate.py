@@ -98,6 +98,15 @@ def test_names_of_files(bundle: Path, elsewhere: Path, tmp_path: Path) -> None:
     )
 
 
+def test_enlarge_repeats_pixels(bundle: Path, tmp_path: Path) -> None:
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    succeeds(bundle, "--prompt", "cat", "--out", small)
+    succeeds(bundle, "--prompt", "cat", "--enlarge", 3, "--out", large)
+    pixels = np.asarray(Image.open(small))
+    np.testing.assert_array_equal(np.asarray(Image.open(large)), pixels.repeat(3, 0).repeat(3, 1))
+    fails("must be from 1 to 64", bundle, "--prompt", "cat", "--enlarge", 0, "--out", large)
+
+
 def test_prompt_file_and_grid(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\ufeffcat\n\n  dog in a hat \n", encoding="utf-8")
     result = succeeds(

@@ -37,6 +37,11 @@ def test_it_ends_in_a_diffusers_pipeline_that_draws(finished):
     assert np.isfinite(image).all()
 
 
+def test_no_file_says_where_it_was_trained(finished):
+    for path in (finished / "model").rglob("*.json"):
+        assert str(finished) not in path.read_text(encoding="utf-8")
+
+
 def test_the_pipeline_s_text_encoder_is_the_clip_s_text_tower(finished):
     import torch
     from transformers import CLIPModel, CLIPTextModel

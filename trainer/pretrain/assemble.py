@@ -1,11 +1,10 @@
 """From the trained parts to one StableDiffusionPipeline folder in fp16: what ships as the built-in model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from trainer.pretrain.recipe import PretrainConfig
 
 
 def text_encoder(clip_folder: Path) -> Any:
@@ -25,7 +24,7 @@ def _as_named_in(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torc
     return {("text_model." + k if nested else k): v for k, v in weights.items()}
 
 
-def assemble(config: PretrainConfig, out: Path) -> Path:
+def assemble(out: Path) -> Path:
     """Write `out`/model, a StableDiffusionPipeline whose scheduler is DDIM trailing with every option explicit."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer
@@ -42,6 +41,9 @@ def assemble(config: PretrainConfig, out: Path) -> Path:
         unet=UNet2DConditionModel.from_pretrained(out / "unet"),
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    del config
     pipeline.to(torch.float16).save_pretrained(out / "model", safe_serialization=True)
+    for path in (out / "model").glob("*/config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # where it was trained is nobody's business
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return out / "model"

@@ -54,7 +54,7 @@ class Pretraining:
         for stage in stages:
             yield from {"vae": self._vae, "clip": self._clip, "unet": self._unet}[stage]()
         if all((self.out / f"{stage}.json").exists() for stage in STAGES):
-            assemble(self.config, self.out)
+            assemble(self.out)
 
     def tokenizer(self) -> Any:
         """The trained CLIPTokenizer."""

@@ -1,0 +1,332 @@
+"""`hypersd-export`: the bare form exports; `inspect`, `verify` and `cache` look after what was exported.
+
+Nothing heavy is imported at module level: `--help` must not wait for torch.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hypersd_export.errors import BundleError, DestinationError, HypersdError, OptionError
+
+if TYPE_CHECKING:
+    from hypersd_export.export import StageRecord
+    from hypersd_export.spec import ExportSpec
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+cache_app = typer.Typer(help="The finished stages that are kept for the next export.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+INTERRUPTED = 130
+
+CacheDir = Annotated[Path | None, typer.Option(help="Where finished stages are kept (default: the XDG cache).")]
+Bundle = Annotated[Path, typer.Argument(help="A folder that hypersd-export wrote.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def export_command(
+    context: typer.Context,
+    target: Annotated[list[str] | None, typer.Option(help="onnx, tensorrt, coreml or all (default: onnx).")] = None,
+    base: Annotated[str, typer.Option(help="builtin, a diffusers folder, a .safetensors or a hub id.")] = "builtin",
+    unet: Annotated[str | None, typer.Option(help="Another UNet: folder, file or hub id.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE: folder, file or hub id.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Weight variant of a folder or hub id, such as fp16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="Fuse this LoRA; repeatable; `none` for none.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(metavar="N[,N…]", help="Step counts; the first is the default.")] = None,
+    timesteps: Annotated[str | None, typer.Option(metavar="T,T,…", help="Explicit timesteps, falling.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, tcd, lcm, euler, euler_ancestral or flow_euler.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Fresh noise of ddim and tcd, 0 to 1.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of u + w (c - u); up to 1 is none.")] = None,
+    prediction_type: Annotated[str | None, typer.Option(help="epsilon, v_prediction, sample or flow.")] = None,
+    precision: Annotated[str, typer.Option(help="Of the weights: fp32.")] = "fp32",
+    batch: Annotated[int, typer.Option(help="Images in one call of the graphs.")] = 1,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels (default: those of the base).")] = None,
+    provider: Annotated[str, typer.Option(help="onnxruntime's provider for the parity check.")] = "cpu",
+    single_graph: Annotated[bool, typer.Option("--single-graph", help="One graph for the whole pipeline.")] = False,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
+    out: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("bundle"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+    cache_dir: CacheDir = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare with torch.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .ckpt and .bin (weights only).")] = False,
+) -> None:
+    """Fuse a few-step LoRA into a diffusion pipeline and export it with its schedule fixed inside."""
+    if context.invoked_subcommand is not None:
+        return
+    with one_line_errors(out, cache_dir):
+        from hypersd_export.spec import ExportSpec, PlanFlags, parse_ints, parse_loras, parse_size, parse_targets
+
+        if single_graph:
+            raise OptionError("--single-graph: not built yet, leave it away for one graph per component")
+        spec = ExportSpec(
+            targets=parse_targets(target),
+            base=base,
+            unet=unet,
+            vae=vae,
+            variant=variant,
+            revision=revision,
+            loras=parse_loras(lora),
+            plan=PlanFlags(
+                steps=parse_ints("--steps", steps),
+                timesteps=parse_ints("--timesteps", timesteps),
+                scheduler=scheduler,
+                eta=eta,
+                guidance=guidance,
+                prediction_type=prediction_type,
+            ),
+            precision=precision,
+            batch=batch,
+            size=parse_size(size),
+            provider=provider,
+            opset=opset,
+            out=out,
+            overwrite=overwrite,
+            cache_dir=cache_dir,
+            verify=not no_verify,
+            allow_pickle=allow_pickle,
+        )
+        if dry_run:
+            _dry_run(spec)
+        else:
+            _export(spec)
+
+
+def _dry_run(spec: "ExportSpec") -> None:
+    """Everything that is decided before the work, as JSON."""
+    from hypersd_export.bundle.publish import check_destination
+    from hypersd_export.job import open_job
+
+    check_destination(spec.out, overwrite=spec.overwrite)
+    job = open_job(spec)
+    base = job.source.base
+    plan = {
+        "base": {"name": base.name, "family": str(base.family), "digest": base.digest},
+        "loras": job.lora_records(),
+        "options": job.options(),
+        "plans": job.plans.to_json()["entries"],
+        "out": str(spec.out.resolve()),
+        "cache": str(job.cache.root),
+    }
+    typer.echo(json.dumps(plan, indent=2, ensure_ascii=False))
+
+
+def _export(spec: "ExportSpec") -> None:
+    from hypersd_export.export import export
+
+    with Progress() as progress:
+        exported = export(spec, reporter=progress)
+    progress.table(exported.stages)
+    parity = exported.manifest.parity
+    progress.note(f"parity with torch: {_parity_line(parity)}")
+    typer.echo(str(exported.path))
+
+
+class Progress:
+    """Stages on standard error: a spinner where there is a terminal, one line a stage in any case."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self.status = self.console.status("")
+        self.stage = ""
+
+    def __enter__(self) -> "Progress":
+        self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.status.stop()
+
+    def note(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def begin(self, stage: str) -> None:
+        """Show the stage's name beside the spinner."""
+        self.stage = stage
+        self.status.update(f"[bold]{stage}[/]")
+
+    def detail(self, text: str) -> None:
+        """Show what the stage is at."""
+        from rich.markup import escape
+
+        self.status.update(f"[bold]{self.stage}[/] {escape(text)}")
+
+    def end(self, record: "StageRecord") -> None:
+        """Print what the stage took."""
+        cached = " (cached)" if record.cached else ""
+        self.note(f"{record.name:<20} {record.seconds:7.1f} s {record.peak_mb:8,.0f} MB{cached}")
+
+    def table(self, records: "tuple[StageRecord, ...]") -> None:
+        """Print the sums: the export proper, and the verification apart."""
+        from hypersd_export.export import VERIFY
+
+        own = [record for record in records if record.name != VERIFY]
+        seconds, peak = sum(record.seconds for record in own), max(record.peak_mb for record in own)
+        self.note(f"{'export in all':<20} {seconds:7.1f} s {peak:8,.0f} MB, verification apart")
+
+
+@app.command()
+def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
+    """Say what a bundle is: base, LoRAs, plans, targets, parity, and what each stage took."""
+    with one_line_errors():
+        from hypersd_export.assemble import summary
+        from hypersd_export.bundle.manifest import bundle_digest, read_manifest
+        from hypersd_export.diffusion import PlanFile
+        from hypersd_export.plan_choice import describe
+
+        manifest = read_manifest(bundle)
+        plans = PlanFile.from_json(_read_json(bundle / "plan.json"))
+        if as_json:
+            data = {"digest": bundle_digest(bundle), **summary(manifest), "plans": plans.to_json()["entries"]}
+            typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+            return
+        base, files = manifest.base, manifest.files
+        lines = [("base", f"{base['name']} ({base['family']}), sha256 {base['digest'][:16]}…")]
+        lines += [("LoRA", f"{lora['file']} at scale {lora['scale']:g} ({lora['format']})") for lora in manifest.loras]
+        lines += [("plan", f"{describe(entry.plan)} ({entry.source})") for entry in plans.entries]
+        options = manifest.options
+        lines.append(("picture", f"{options.get('width')} x {options.get('height')} px, batch {options.get('batch')}"))
+        lines += [
+            ("target", f"{name}: {t.get('precision')}, opset {t.get('opset')}") for name, t in manifest.targets.items()
+        ]
+        lines.append(("parity", _parity_line(manifest.parity)))
+        size = sum(entry.bytes for entry in files.values()) / 1e6
+        lines.append(("files", f"{len(files)}, {size:,.1f} MB; hypersd {manifest.hypersd}, {manifest.created}"))
+        lines.append(("digest", bundle_digest(bundle)))
+        for name, text in lines:
+            typer.echo(f"{name:<8} {text}")
+
+
+def _parity_line(parity: Any) -> str:
+    if isinstance(parity, str):
+        return parity
+    decibels = {name: float(figures.get("psnr_db", "nan")) for name, figures in parity.items()}
+    return ", ".join(f"{name} {'equal' if db >= 200 else f'{db:.0f} dB'}" for name, db in decibels.items())
+
+
+@app.command()
+def verify(
+    bundle: Bundle,
+    provider: Annotated[str, typer.Option(help="onnxruntime's provider.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Check every file's sha256 and reproduce the golden picture, without torch."""
+    with one_line_errors():
+        from hypersd_export.runtime.pipeline import Pipeline
+        from hypersd_export.verify.metrics import reported
+
+        pipeline = Pipeline.from_bundle(bundle, provider=provider, check=True)
+        golden = pipeline.golden()
+        if as_json:
+            data = {"digest": pipeline.digest, "passed": golden.passed, "psnr_db": reported(golden.psnr_db)}
+            typer.echo(json.dumps(data))
+        elif golden.passed:
+            typer.echo(f"all files as exported; {golden.line()}")
+        if not golden.passed:
+            raise BundleError(f"{bundle}: the golden picture is not reproduced on {provider}: {golden.line()}")
+
+
+@app.command()
+def refit(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    lora: Annotated[list[str] | None, typer.Option(help="The LoRA to fit.")] = None,
+) -> None:
+    """Put another LoRA into an existing bundle (not available yet)."""
+    with one_line_errors():
+        raise OptionError(f"refit {bundle}: not available yet, export again with --lora {(lora or ['FILE'])[0]}")
+
+
+@cache_app.command("list")
+def cache_list(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
+    """List the finished stages: name, size, when it was last used."""
+    import datetime
+
+    with one_line_errors(cache_dir=cache_dir):
+        cache = _cache(cache_dir)
+        entries = cache.entries()
+        if as_json:
+            rows = [
+                {"name": e.name, "key": e.key, "size_bytes": e.size_bytes, "last_used": e.last_used} for e in entries
+            ]
+            typer.echo(json.dumps({"root": str(cache.root), "entries": rows}))
+            return
+        for entry in entries:
+            used = datetime.datetime.fromtimestamp(entry.last_used).isoformat(" ", "minutes")
+            typer.echo(f"{entry.name:<20} {entry.key[:12]} {entry.size_bytes / 1e6:10,.1f} MB  {used}")
+        total = sum(entry.size_bytes for entry in entries) / 1e6
+        typer.echo(f"{len(entries)} stages, {total:,.1f} MB in {cache.root}")
+
+
+@cache_app.command("prune")
+def cache_prune(
+    cache_dir: CacheDir = None,
+    older_than_days: Annotated[
+        float | None, typer.Option(min=0.0, help="Only what was not used for so long (default: everything).")
+    ] = None,
+) -> None:
+    """Delete finished stages."""
+    with one_line_errors(cache_dir=cache_dir):
+        cache = _cache(cache_dir)
+        count, freed = cache.prune(older_than_days=older_than_days)
+        typer.echo(f"{count} stages deleted, {freed / 1e6:,.1f} MB freed in {cache.root}")
+
+
+def _cache(cache_dir: Path | None) -> Any:
+    from hypersd_export.bundle.cache import StageCache, default_cache_dir
+
+    return StageCache(cache_dir or default_cache_dir())
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {path} ({str(error)[:80]}): export the bundle again") from error
+
+
+@contextmanager
+def one_line_errors(out: Path | None = None, cache_dir: Path | None = None) -> Iterator[None]:
+    """What a user can cause becomes one line on standard error: exit code 1, or 130 for Ctrl-C."""
+    try:
+        yield
+    except HypersdError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        kept = "" if out is None else f"; {out} was not touched, finished stages are kept for the next run"
+        _fail(f"interrupted{kept}", INTERRUPTED)
+    except OSError as error:
+        from hypersd_export.bundle.disk import disk_full, is_disk_full, reason
+
+        if is_disk_full(error):
+            _fail(str(disk_full(out or cache_dir or Path(), "free some, or choose another --out or --cache-dir")), 1)
+        _fail(str(DestinationError(f"{error.filename or 'the system'}: {reason(error)}")), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):  # bytes that are not UTF-8 must not break the message that says so
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+    app()
+
+
+if __name__ == "__main__":
+    main()

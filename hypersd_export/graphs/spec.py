@@ -1,0 +1,134 @@
+"""What a graph is: a module, seeded sample inputs and output names; and the shapes of a pipeline. No torch here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from hypersd_export.errors import ModelError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Component(StrEnum):
+    """The component folders of a bundle, in the order in which they are built."""
+
+    TEXT_ENCODER = "text_encoder"
+    UNET = "unet"
+    VAE_DECODER = "vae_decoder"
+    VAE_ENCODER = "vae_encoder"
+
+    @property
+    def source(self) -> str:
+        """The component of the diffusers pipeline that it comes from (the VAE gives two graphs)."""
+        return "vae" if self in (Component.VAE_DECODER, Component.VAE_ENCODER) else self.value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graph:
+    """A module to export, the seeded sample inputs by name in call order, and the names of its outputs."""
+
+    name: str
+    module: "torch.nn.Module"
+    inputs: "Mapping[str, torch.Tensor]"
+    output_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shapes:
+    """The static shapes of one export.
+
+    `batch` images; `unet_batch` rows in one UNet call (2 x batch with CFG: unconditional rows first, then conditional
+    ones); latents [channels, latent_height, latent_width] under a VAE of scale factor `vae_scale`; text states
+    [tokens, text_width]; images of `width` x `height` pixels.
+    """
+
+    batch: int
+    unet_batch: int
+    channels: int
+    latent_height: int
+    latent_width: int
+    vae_scale: int
+    tokens: int
+    text_width: int
+
+    @property
+    def height(self) -> int:
+        """Image height in pixels."""
+        return self.latent_height * self.vae_scale
+
+    @property
+    def width(self) -> int:
+        """Image width in pixels."""
+        return self.latent_width * self.vae_scale
+
+    def to_json(self) -> dict[str, int]:
+        """Plain integers, for cache keys and the manifest."""
+        return {name: int(getattr(self, name)) for name in self.__slots__}
+
+
+def vae_scale_factor(vae_config: Mapping[str, Any]) -> int:
+    """Pixels per latent cell along one axis: 2^(blocks - 1), as diffusers computes it; 4, 8 and 16 all exist."""
+    return 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+
+
+def unet_down_factor(unet_config: Mapping[str, Any]) -> int:
+    """How often the UNet halves its latents; a size that it does not divide would change the shapes inside."""
+    return 2 ** (len(unet_config.get("block_out_channels", (320, 640, 1280, 1280))) - 1)
+
+
+def resolve_shapes(
+    configs: Mapping[str, Mapping[str, Any]], *, tokens: int, batch: int, cfg: bool, size: tuple[int, int] | None
+) -> Shapes:
+    """Shapes from the `config.json` of text_encoder, unet and vae, and the tokenizer's length.
+
+    `size` is (width, height) in pixels, or None for the UNet's own. Absent keys have diffusers' defaults.
+
+    Raises `OptionError` for a size that VAE and UNet cannot divide, `ModelError` for components that do not fit.
+    """
+    text, unet, vae = configs["text_encoder"], configs["unet"], configs["vae"]
+    scale, down = vae_scale_factor(vae), unet_down_factor(unet)
+    channels, made = int(unet.get("in_channels", 4)), int(vae.get("latent_channels", 4))
+    if channels != made:
+        raise ModelError(
+            f"the UNet takes {channels} latent channels and the VAE makes {made}: give a VAE of its kind with --vae"
+        )
+    states, text_width = int(unet.get("cross_attention_dim", 1280)), int(text.get("hidden_size", 512))
+    if states != text_width:
+        raise ModelError(
+            f"the UNet attends to states of width {states} and the text encoder makes {text_width}: "
+            "give a UNet of the base's kind with --unet"
+        )
+    latent_width, latent_height = _latent_size(unet) if size is None else _cells(size, scale, down)
+    return Shapes(
+        batch=batch,
+        unet_batch=2 * batch if cfg else batch,
+        channels=channels,
+        latent_height=latent_height,
+        latent_width=latent_width,
+        vae_scale=scale,
+        tokens=tokens,
+        text_width=text_width,
+    )
+
+
+def _latent_size(unet_config: Mapping[str, Any]) -> tuple[int, int]:
+    """(width, height) of the latents that the UNet was trained on."""
+    sample_size = unet_config.get("sample_size") or 64
+    if isinstance(sample_size, int):
+        return sample_size, sample_size
+    height, width = sample_size
+    return int(width), int(height)
+
+
+def _cells(size: tuple[int, int], scale: int, down: int) -> tuple[int, int]:
+    width, height = size
+    unit = scale * down
+    if width % unit or height % unit or width <= 0 or height <= 0:
+        near = "x".join(str(max(unit, round(side / unit) * unit)) for side in size)
+        raise OptionError(
+            f"--size {width}x{height}: both sides must be multiples of {unit} pixels "
+            f"(VAE {scale} x UNet {down}); the nearest is {near}"
+        )
+    return width // scale, height // scale

@@ -1,0 +1,249 @@
+"""A resolved export: the spec, the opened base and LoRAs, the plans, the shapes; and what each stage depends on."""
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hypersd_export import __version__
+from hypersd_export.bundle.cache import StageCache, default_cache_dir
+from hypersd_export.bundle.digest import digest_tree, sha256_file
+from hypersd_export.diffusion import LORA_METADATA_KEY, GuidanceKind, PlanFile
+from hypersd_export.errors import MissingBackend, OptionError
+from hypersd_export.graphs.spec import Component, Shapes, resolve_shapes
+from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, lora_origin
+from hypersd_export.spec import BUILTIN, ExportSpec, PlanFlags
+from hypersd_export.targets import Target
+from hypersd_export.verify.source import COMPONENTS, Source, SourceRequest, open_source
+
+NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "psutil")
+TOOLS = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
+"""Packages whose versions are part of every cache key and stand in the manifest."""
+PROMPT = "a photo of a cat"
+GOLDEN_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything that is decided before the first graph is built."""
+
+    spec: ExportSpec
+    request: SourceRequest
+    source: Source
+    plans: PlanFile
+    shapes: Shapes
+    prompt: str
+    cache: StageCache
+
+    @property
+    def embedded_guidance(self) -> float | None:
+        """The guidance that is a constant of the UNet, or None."""
+        guidance = self.plans.default.plan.guidance
+        return guidance.scale if guidance.kind is GuidanceKind.EMBEDDED else None
+
+    def component_depends(self, target: Target, component: Component) -> dict[str, Any]:
+        """All that one exported component depends on."""
+        shapes = self.shapes.to_json()
+        unused = {
+            Component.TEXT_ENCODER: ("unet_batch", "channels", "latent_height", "latent_width", "vae_scale"),
+            Component.UNET: ("batch", "vae_scale"),
+            Component.VAE_DECODER: ("unet_batch", "tokens", "text_width"),
+            Component.VAE_ENCODER: ("unet_batch", "tokens", "text_width"),
+        }[component]
+        loras = self.source.loras_of(component.source)
+        return {
+            "target": target.value,
+            "component": component.value,
+            "base": self.source.base.digest,
+            "loras": [{"digest": lora.digest, "scale": scale} for lora, scale in loras],
+            "shapes": {name: value for name, value in shapes.items() if name not in unused},
+            "embedded_guidance": self.embedded_guidance if component is Component.UNET else None,
+            "precision": self.spec.precision,
+            "opset": self.spec.opset,
+            "versions": tool_versions(),
+            "code": code_digests(("graphs", "targets", "model", "verify/source.py")),
+        }
+
+    def verify_depends(self, components: Mapping[str, str]) -> dict[str, Any]:
+        """All that golden files and parity figures depend on; `components` are the cache keys of the artifacts."""
+        return {
+            "components": dict(components),
+            "source": self.source.digests,
+            "plans": self.plans.to_json(),
+            "shapes": self.shapes.to_json(),
+            "prompt": self.prompt,
+            "seed": GOLDEN_SEED,
+            "precision": self.spec.precision,
+            "provider": self.spec.provider,
+            "compare": self.spec.verify,
+            "machine": platform.machine(),
+            "versions": tool_versions(),
+            "code": code_digests(("graphs", "model", "diffusion", "runtime", "verify")),
+        }
+
+    def lora_records(self) -> list[dict[str, Any]]:
+        """What the manifest says about each LoRA."""
+        records = []
+        for lora, scale in self.source.loras:
+            origin = lora_origin(_clue(lora), str(self.source.base.family))
+            records.append(
+                {
+                    "file": lora.path.name,
+                    "digest": lora.digest,
+                    "scale": scale,
+                    "format": str(lora.format),
+                    "plan_source": None if origin is None else origin.reason,
+                }
+            )
+        return records
+
+    def options(self) -> dict[str, Any]:
+        """The resolved options for the manifest: no paths of this machine, only file names."""
+        options = self.spec.to_json()
+        for name in ("out", "cache_dir", "overwrite"):
+            del options[name]
+        options |= {name: _file_name(options[name]) for name in ("base", "unet", "vae")}
+        options["loras"] = [f"{lora.path.name}:{scale:g}" for lora, scale in self.source.loras]
+        options |= {"width": self.shapes.width, "height": self.shapes.height, "shapes": self.shapes.to_json()}
+        return options
+
+
+def open_job(spec: ExportSpec) -> Job:
+    """Open base and LoRAs and resolve what the spec leaves open; loads no weights. Raises `HypersdError`."""
+    check_backends(spec)
+    from hypersd_export.model.lora import parse_lora
+
+    texts = default_loras(spec) if spec.loras is None else spec.loras
+    loras = tuple((str(path), scale) for path, scale in map(parse_lora, texts))
+    request = SourceRequest(
+        base=spec.base,
+        unet=spec.unet,
+        vae=spec.vae,
+        variant=spec.variant,
+        revision=spec.revision,
+        loras=loras,
+        allow_pickle=spec.allow_pickle,
+    )
+    source = open_source(request)
+    base = source.base
+    configs = {name: base.component_config(name) for name in COMPONENTS}
+    card = _card() if spec.base == BUILTIN else None
+    clue = BaseClue(
+        family=str(base.family),
+        names=tuple(name for name in (spec.unet, spec.base) if name is not None),
+        scheduler_config=base.scheduler_config,
+        embeds_guidance=configs["unet"].get("time_cond_proj_dim") is not None,
+        card=card if spec.unet is None else None,
+    )
+    plans = choose_plans(spec.plan, base=clue, loras=[_clue(lora) for lora, _ in source.loras])
+    _check_one_unet(plans)
+    cfg = any(entry.plan.guidance.kind is GuidanceKind.CFG for entry in plans.entries)
+    return Job(
+        spec=spec,
+        request=request,
+        source=source,
+        plans=plans,
+        shapes=resolve_shapes(configs, tokens=base.tokenizer.max_length, batch=spec.batch, cfg=cfg, size=spec.size),
+        prompt=str((card or {}).get("prompt", PROMPT)),
+        cache=StageCache(spec.cache_dir or default_cache_dir()),
+    )
+
+
+def check_backends(spec: ExportSpec) -> None:
+    """`MissingBackend` naming the extra, before anything is opened; the provider too, if it will be verified on."""
+    needed = NEEDED + (("onnx", "onnxscript") if Target.ONNX in spec.targets else ())
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise MissingBackend(package, "export", "hypersd-export")
+    if spec.verify:
+        from hypersd_export.runtime.onnx import resolve_provider
+
+        resolve_provider(spec.provider)
+
+
+def default_loras(spec: ExportSpec) -> tuple[str, ...]:
+    """The built-in base's own LoRA for the steps that are asked for; () for every other base.
+
+    The card's `lora` says which file is for how many steps; the first one listed is the default. Raises `OptionError`
+    for step counts that none of them, or no single one, is for.
+    """
+    if spec.base != BUILTIN or spec.unet is not None:
+        return ()
+    files = {int(steps): str(file) for steps, file in _card().get("lora", {}).items()}
+    if not files:
+        return ()
+    counts = _asked_steps(spec.plan) or (next(iter(files)),)
+    found = {files.get(count) for count in counts}
+    listed = ",".join(map(str, counts))
+    if None in found:
+        raise OptionError(
+            f"--steps {listed}: the built-in LoRAs are for {', '.join(map(str, files))} steps; "
+            "pass --lora none for the teacher"
+        )
+    if len(found) > 1:
+        raise OptionError(
+            f"--steps {listed}: each built-in LoRA is for its own step count; export them one by one, or name one "
+            "with --lora"
+        )
+    from hypersd_export import builtin
+
+    return (str(builtin.model_dir().parent / str(found.pop())),)
+
+
+def _asked_steps(flags: PlanFlags) -> tuple[int, ...] | None:
+    return flags.steps or (None if flags.timesteps is None else (len(flags.timesteps),))
+
+
+def _card() -> dict[str, Any]:
+    """The built-in model's card; {} where this installation has no built-in model (`open_base` then says so)."""
+    from hypersd_export import builtin
+
+    try:
+        return builtin.card()
+    except FileNotFoundError:
+        return {}
+
+
+def _clue(lora: Any) -> LoraClue:
+    """What a LoRA says about its plan; the folders above its file matter where the file's own name is generic."""
+    return LoraClue(name=lora.path.name, path=str(lora.path.resolve()), plan_json=lora.metadata.get(LORA_METADATA_KEY))
+
+
+def _check_one_unet(plans: PlanFile) -> None:
+    """All entries share one UNet: embedded guidance is a constant of it, so it can have one value."""
+    scales = {
+        entry.plan.guidance.scale if entry.plan.guidance.kind is GuidanceKind.EMBEDDED else None
+        for entry in plans.entries
+    }
+    if len(scales) > 1:
+        raise OptionError("the plans embed different guidance scales in the one UNet: export them apart")
+
+
+def _file_name(name: str | None) -> str | None:
+    """The last part of a local path; hub ids and `builtin` as they are."""
+    return Path(name).name if name is not None and Path(name).exists() else name
+
+
+@cache
+def tool_versions() -> dict[str, str]:
+    """Versions of what takes part, without importing any of it."""
+    versions = {"hypersd": __version__, "python": platform.python_version()}
+    for package in TOOLS:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@cache
+def code_digests(names: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of our own sources: a stage made by other code is another stage."""
+    root = Path(__file__).parent
+    return {
+        name: digest_tree(root / name, "*.py") if (root / name).is_dir() else sha256_file(root / name) for name in names
+    }

@@ -1,0 +1,138 @@
+"""`ExportSpec`: what one export was asked for, parsed and checked before anything heavy is imported.
+
+The spec holds what the user said; what it leaves open (plan, size, LoRA of the built-in base) is resolved in
+`hypersd_export.plan_choice` and `hypersd_export.export`, once the base is known, and recorded in the manifest.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypersd_export.errors import OptionError
+from hypersd_export.targets import Target, resolve_targets
+
+MAX_STEPS = 1000
+"""Diffusion models of this field are trained on 1000 timesteps: a plan cannot have more steps."""
+MAX_BATCH = 64
+MAX_SIDE = 8192
+BUILTIN = "builtin"
+DEFAULT_OUT = "bundle"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanFlags:
+    """The options that shape the plan; None means "not said"."""
+
+    steps: tuple[int, ...] | None = None
+    timesteps: tuple[int, ...] | None = None
+    scheduler: str | None = None
+    eta: float | None = None
+    guidance: float | None = None
+    prediction_type: str | None = None
+
+    def given(self) -> tuple[str, ...]:
+        """The options that were said, as on the command line."""
+        names = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+        return tuple("--" + name.replace("_", "-") for name in names)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSpec:
+    """Every option of `hypersd-export`, parsed. `loras` None means the base's own default, () means none."""
+
+    targets: tuple[Target, ...] = (Target.ONNX,)
+    base: str = BUILTIN
+    unet: str | None = None
+    vae: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    loras: tuple[str, ...] | None = None
+    plan: PlanFlags = dataclasses.field(default_factory=PlanFlags)
+    precision: str = "fp32"
+    batch: int = 1
+    size: tuple[int, int] | None = None
+    provider: str = "cpu"
+    opset: int = 20
+    out: Path = Path(DEFAULT_OUT)
+    overwrite: bool = False
+    cache_dir: Path | None = None
+    verify: bool = True
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        from hypersd_export.targets import onnx
+
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise OptionError(f"--batch {self.batch}: from 1 to {MAX_BATCH}")
+        if self.size is not None and not all(0 < side <= MAX_SIDE for side in self.size):
+            raise OptionError(f"--size {self.size[0]}x{self.size[1]}: each side from 1 to {MAX_SIDE} pixels")
+        _check_plan_flags(self.plan)
+        onnx.check_options(opset=self.opset, precision=self.precision)
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain JSON values, for `--dry-run` and the manifest."""
+        values = dataclasses.asdict(self)
+        values["out"] = str(self.out)
+        values["cache_dir"] = None if self.cache_dir is None else str(self.cache_dir)
+        values["targets"] = [target.value for target in self.targets]
+        return values
+
+
+def _check_plan_flags(plan: PlanFlags) -> None:
+    for steps in plan.steps or ():
+        if not 1 <= steps <= MAX_STEPS:
+            raise OptionError(f"--steps {steps}: a plan has from 1 to {MAX_STEPS} steps")
+    if plan.timesteps is not None:
+        if plan.steps is not None and plan.steps != (len(plan.timesteps),):
+            said = ",".join(map(str, plan.steps))
+            raise OptionError(
+                f"--steps {said} with {len(plan.timesteps)} --timesteps: leave --steps away, or give as many timesteps"
+            )
+        if not all(0 <= t < MAX_STEPS for t in plan.timesteps):
+            raise OptionError(f"--timesteps {','.join(map(str, plan.timesteps))}: each from 0 to {MAX_STEPS - 1}")
+    if plan.eta is not None and not 0.0 <= plan.eta <= 1.0:
+        raise OptionError(f"--eta {plan.eta:g}: from 0 (no fresh noise) to 1")
+    if plan.guidance is not None and (not math.isfinite(plan.guidance) or plan.guidance < 0.0):
+        raise OptionError(f"--guidance {plan.guidance:g}: a number from 0 (or 1, no guidance) upwards")
+
+
+def parse_ints(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Parse `1,2,4` of an option; None stays None. Raises `OptionError` for anything but distinct whole numbers."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"{option} {text}: whole numbers with commas between them, such as 4 or 1,2,4") from None
+    if len(set(numbers)) != len(numbers):
+        raise OptionError(f"{option} {text}: a number is there twice")
+    return numbers
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Parse `WxH` in pixels to (width, height); None stays None."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text.strip())
+    if match is None:
+        raise OptionError(f"--size {text}: give WIDTHxHEIGHT in pixels, such as 512x512")
+    return int(match[1]), int(match[2])
+
+
+def parse_loras(texts: list[str] | None) -> tuple[str, ...] | None:
+    """The `--lora` values: None when none was given, () for the single value `none`."""
+    if not texts:
+        return None
+    if "none" in texts:
+        if len(texts) > 1:
+            raise OptionError("--lora none: it cannot stand beside another --lora")
+        return ()
+    return tuple(texts)
+
+
+def parse_targets(names: list[str] | None) -> tuple[Target, ...]:
+    """The `--target` values; onnx when none was given."""
+    return resolve_targets(tuple(names)) if names else (Target.ONNX,)

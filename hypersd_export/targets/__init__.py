@@ -1,0 +1,38 @@
+"""What a pipeline can be exported to: one module a target, one verb `build`, vendor imports inside.
+
+This module imports nothing heavy: it names the targets and refuses those that are not built yet.
+"""
+
+from enum import StrEnum
+
+from hypersd_export.errors import OptionError
+
+
+class Target(StrEnum):
+    """The targets by their name on the command line."""
+
+    ONNX = "onnx"
+    TENSORRT = "tensorrt"
+    COREML = "coreml"
+
+
+AVAILABLE = frozenset({Target.ONNX})
+
+
+def resolve_targets(names: tuple[str, ...]) -> tuple[Target, ...]:
+    """Targets from the command line's names, in the order given and without repetition; `all` means every one.
+
+    Raises `OptionError` for an unknown name and for a target that is not built yet.
+    """
+    targets: list[Target] = []
+    for name in names:
+        if name == "all":
+            targets += list(Target)
+        elif name in list(Target):
+            targets.append(Target(name))
+        else:
+            raise OptionError(f"--target {name}: unknown, choose from {', '.join(Target)} and all")
+    unavailable = [target.value for target in dict.fromkeys(targets) if target not in AVAILABLE]
+    if unavailable:
+        raise OptionError(f"--target {', '.join(unavailable)}: not built yet, use --target onnx")
+    return tuple(dict.fromkeys(targets))

@@ -1,0 +1,168 @@
+"""ONNX: `build` writes one graph as a checked, cleaned `model.onnx` with static shapes.
+
+The exporter is torch.onnx's (dynamo). A dynamo graph carries large node metadata and repeats equal initialisers; both
+are removed, and names are kept exactly. Weights stay in the file up to `EXTERNAL_DATA_BYTES` and go into
+`model.onnx_data` beyond (protobuf ends at 2 GB). torch, onnx and onnxscript are imported inside.
+"""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hypersd_export.errors import MissingBackend, OptionError
+from hypersd_export.graphs.spec import Graph
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx_data"
+DEFAULT_OPSET = 20
+OPSETS = range(18, 24)
+"""What torch.onnx (2.13) can write: 18 is its own opset, 23 its latest."""
+PRECISIONS = ("fp32",)
+EXTERNAL_DATA_BYTES = 1_500_000_000
+EXTERNAL_TENSOR_BYTES = 1024
+
+
+def check_options(*, opset: int, precision: str) -> None:
+    """Refuse, before anything is loaded, what `build` would refuse."""
+    if opset not in OPSETS:
+        raise OptionError(f"--opset {opset}: torch.onnx writes {OPSETS.start} to {OPSETS.stop - 1}")
+    if precision not in PRECISIONS:
+        raise OptionError(f"--precision {precision}: onnx is written in {', '.join(PRECISIONS)} only as yet")
+
+
+def build(
+    graph: Graph, folder: Path, *, opset: int = DEFAULT_OPSET, precision: str = "fp32", external: bool | None = None
+) -> dict[str, Any]:
+    """Export `graph` into `folder/model.onnx` and return what the manifest says about it: opset, nodes, bytes.
+
+    `external` forces the weights into (True) or keeps them out of (False) `model.onnx_data`; None decides by size.
+    A data file of an earlier build is never left behind. Raises `MissingBackend` without onnx or onnxscript.
+    """
+    check_options(opset=opset, precision=precision)
+    model = _export(graph, opset)
+    _clean(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if external is None:
+        external = weight_bytes > EXTERNAL_DATA_BYTES
+    _save(model, folder, external=external)
+    _check(folder / MODEL_FILE, graph)
+    return {
+        "precision": precision,
+        "opset": opset,
+        "nodes": len(list(model.graph)),
+        "weight_bytes": int(weight_bytes),
+        "external_data": external,
+    }
+
+
+def _export(graph: Graph, opset: int) -> "onnx_ir.Model":
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+        import torch
+    except ModuleNotFoundError as error:
+        raise MissingBackend(str(error.name), "export", "the ONNX target") from error
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            graph.module.eval(),
+            tuple(graph.inputs.values()),
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(graph.inputs),
+            output_names=list(graph.output_names),
+            verbose=False,
+        )
+    assert program is not None, "the dynamo exporter returns its program"
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the exporter's notes on torchvision and pytree, which are not about the user's model."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _clean(model: "onnx_ir.Model") -> None:
+    """Share equal initialisers and subexpressions, drop what is unused, and clear metadata, doc strings, value_info."""
+    from onnx_ir import passes
+    from onnx_ir.passes import common
+
+    _share_initializers(model)
+    passes.Sequential(
+        common.ClearMetadataAndDocStringPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+    )(model)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    kept = {*model.graph.inputs, *model.graph.outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in kept:
+                value.shape = None
+                value.type = None
+
+
+def _share_initializers(model: "onnx_ir.Model") -> None:
+    """Keep one of all equal initialisers, holding digests and not bytes.
+
+    onnx_ir's own passes do not serve: one keeps a copy of every weight as a dictionary key, the other refuses arrays
+    that are not C-contiguous (transposed weights).
+    """
+    import numpy as np
+
+    graph = model.graph
+    outputs = set(graph.outputs)
+    seen: dict[tuple[Any, tuple[int, ...], bytes], onnx_ir.Value] = {}
+    for value in tuple(graph.initializers.values()):
+        if value in outputs:
+            continue
+        array = np.ascontiguousarray(value.const_value.numpy())
+        digest = hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest()
+        first = seen.setdefault((value.const_value.dtype, array.shape, digest), value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del graph.initializers[value.name]
+
+
+def _save(model: "onnx_ir.Model", folder: Path, *, external: bool) -> None:
+    import onnx_ir
+
+    for name in (MODEL_FILE, DATA_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if external:
+        onnx_ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_TENSOR_BYTES)
+    else:
+        onnx_ir.save(model, folder / MODEL_FILE)
+
+
+def _check(path: Path, graph: Graph) -> None:
+    """onnx's own checker by path (beyond 2 GB there is no other way), and what it does not notice: names."""
+    import onnx
+
+    onnx.checker.check_model(path, full_check=True)
+    model = onnx.load(path, load_external_data=False)
+    names = [node.name for node in model.graph.node]
+    assert len(names) == len(set(names)), "onnxruntime wants unique node names"
+    assert [value.name for value in model.graph.input] == list(graph.inputs), "input names as asked"
+    assert [value.name for value in model.graph.output] == list(graph.output_names), "output names as asked"

@@ -1,0 +1,57 @@
+"""The parity gates: how close an artifact must be to torch, and the figures of one component against its gate."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+from hypersd_export.verify.metrics import max_abs, psnr, reported
+
+COMPONENT_DB = {"fp32": 80.0}
+"""Least PSNR of each component's outputs, by precision. Measured: see docs/decisions."""
+IMAGE_DB = {"fp32": 50.0}
+"""Least PSNR of the final 8-bit image, by precision; also the golden image's, for every other runtime."""
+
+
+@dataclass(slots=True)
+class Gate:
+    """The comparisons of one component: the worst of each figure counts."""
+
+    name: str
+    least_db: float
+    psnr_db: float = float("inf")
+    max_abs: float = 0.0
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def compare(self, result: npt.ArrayLike, reference: npt.ArrayLike, what: str) -> tuple[float, float]:
+        """Hold one output against torch's; returns (PSNR in dB, largest difference) as reported."""
+        db, largest = reported(psnr(result, reference)), max_abs(result, reference)
+        if not largest >= 0.0:  # NaN
+            largest = float("inf")
+        self.psnr_db = min(self.psnr_db, db)
+        self.max_abs = max(self.max_abs, largest)
+        if not db >= self.least_db:
+            self.failures.append(f"{self.name} {db:.1f} dB {what} (needs {self.least_db:g})")
+        return db, largest
+
+    def refuse(self, why: str) -> None:
+        """A failure that is not a matter of decibels."""
+        self.psnr_db = reported(float("-inf"))
+        self.failures.append(f"{self.name} {why}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures for the manifest; an infinite difference is given as the largest float32."""
+        figures: dict[str, Any] = {
+            "psnr_db": round(reported(self.psnr_db), 2),
+            "max_abs": finite(self.max_abs),
+            "least_db": self.least_db,
+        }
+        if self.steps:
+            figures["per_step"] = self.steps
+        return figures
+
+
+def finite(value: float) -> float:
+    """A figure that JSON can hold."""
+    return min(value, 3.4e38)

@@ -1,0 +1,70 @@
+"""What the verification is asked to do, as plain JSON: it runs in a process of its own."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypersd_export.graphs.spec import Shapes
+from hypersd_export.verify.source import SourceRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyRequest:
+    """One verification.
+
+    source, digests: what was exported, opened again, and the digests that it must still have.
+    bundle: a folder with the components, the tokenizer and plan.json. out: a folder for golden/ and report.json.
+    compare: False makes the golden files (by torch) and compares nothing.
+    """
+
+    source: SourceRequest
+    digests: Mapping[str, Any]
+    bundle: Path
+    out: Path
+    shapes: Shapes
+    precision: str
+    provider: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    compare: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "source": self.source.to_json(),
+            "digests": dict(self.digests),
+            "bundle": str(self.bundle),
+            "out": str(self.out),
+            "shapes": self.shapes.to_json(),
+            "precision": self.precision,
+            "provider": self.provider,
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": self.seed,
+            "compare": self.compare,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "VerifyRequest":
+        """Read what `to_json` wrote."""
+        return cls(
+            **{
+                **data,
+                "source": SourceRequest.from_json(data["source"]),
+                "bundle": Path(data["bundle"]),
+                "out": Path(data["out"]),
+                "shapes": Shapes(**data["shapes"]),
+            }
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the request where the worker reads it."""
+        path.write_text(json.dumps(self.to_json()), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "VerifyRequest":
+        """Read a request that `write` wrote."""
+        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))

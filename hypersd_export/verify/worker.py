@@ -1,0 +1,277 @@
+"""`python -m hypersd_export.verify.worker request.json`: golden files by torch, and every artifact held against torch.
+
+Components are loaded one at a time, first by torch and then by onnxruntime. Writes `golden/` and `report.json` into
+the request's `out`; lines on standard output say how far it is. In a process of its own it cannot raise the export's
+memory.
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, philox_normal, start_sample
+from hypersd_export.errors import HypersdError
+from hypersd_export.graphs.spec import Component
+from hypersd_export.verify.gates import COMPONENT_DB, IMAGE_DB, Gate
+from hypersd_export.verify.golden import write_golden
+from hypersd_export.verify.request import VerifyRequest
+from hypersd_export.verify.source import Source, check_unchanged, open_source
+
+REPORT = "report.json"
+GATE_SEED = 20_24
+"""Seed of the noise that the gates feed in; not the golden image's, so that they are not the same inputs."""
+
+Float = npt.NDArray[np.float32]
+Progress = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Verification:
+    """One run: what was asked, and what the components have given so far."""
+
+    request: VerifyRequest
+    source: Source
+    plans: PlanFile
+    progress: Progress
+    gates: list[Gate] = field(default_factory=list)
+    ids: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    states: dict[str, Float] = field(default_factory=dict)
+    """`prompt` and `negative`: text states [1, S, C]."""
+    latents: dict[int, Float] = field(default_factory=dict)
+    """By step count, [1, C, h, w]."""
+    images: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    """By step count, [H, W, 3]."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[C, h, w] of one image's latents."""
+        shapes = self.request.shapes
+        return shapes.channels, shapes.latent_height, shapes.latent_width
+
+    def gate(self, name: str, least_db: float) -> Gate:
+        """A new gate whose figures go into the report."""
+        gate = Gate(name=name, least_db=least_db)
+        self.gates.append(gate)
+        return gate
+
+    def load(self, component: str) -> Any:
+        """A fused torch component in float32."""
+        import torch
+
+        self.progress(f"torch: {component}")
+        return self.source.load(component, torch.float32)[0]
+
+    def graph(self, component: Component) -> Any:
+        """The artifact of a component, as the runtime opens it."""
+        from hypersd_export.runtime.onnx import open_graph
+
+        self.progress(f"{self.request.provider}: {component}")
+        return open_graph(self.request.bundle / component / "model.onnx", provider=self.request.provider)
+
+
+def verify(request: VerifyRequest, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """Write `out`/golden and return {"parity": figures by component, "failures": [lines]}; parity {} if not compared.
+
+    Raises `HypersdError` for a base that cannot be opened any more, or an artifact that does not load.
+    """
+    source = open_source(request.source)
+    check_unchanged(source, request.digests)
+    plans = PlanFile.from_json(json.loads((request.bundle / "plan.json").read_text(encoding="utf-8")))
+    run = Verification(request=request, source=source, plans=plans, progress=progress)
+    for stage in (_tokenizer, _text_encoder, _unet, _vae):
+        stage(run)
+        gc.collect()
+    entry = plans.default
+    write_golden(
+        request.out / "golden",
+        entry,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        ids=run.ids,
+        latents=run.latents[entry.steps],
+        image=run.images[entry.steps],
+        min_psnr_db=IMAGE_DB[request.precision],
+    )
+    if request.compare:
+        _image(run)
+    return {
+        "parity": {gate.name: gate.to_json() for gate in run.gates},
+        "failures": [failure for gate in run.gates for failure in gate.failures],
+    }
+
+
+def _tokenizer(run: Verification) -> None:
+    """Prompt ids by transformers from the bundle's tokenizer; the runtime's own must be the same."""
+    from transformers import CLIPTokenizer
+
+    from hypersd_export.runtime.tokenizer import load_tokenizer
+
+    folder, length = run.request.bundle / "tokenizer", run.request.shapes.tokens
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    ours = load_tokenizer(folder, length=length)
+    for name, text in (("prompt", run.request.prompt), ("negative", run.request.negative_prompt)):
+        rows = theirs(text, padding="max_length", truncation=True, max_length=length)["input_ids"]
+        run.ids[name] = np.asarray([rows], dtype=np.int64)
+        if run.request.compare and not np.array_equal(ours.encode(text), run.ids[name]):
+            run.gate("tokenizer", 0.0).refuse(f"gives other ids than transformers for {text!r}")
+
+
+def _text_encoder(run: Verification) -> None:
+    from hypersd_export.verify.reference import text_states
+
+    request = run.request
+    module = run.load("text_encoder")
+    rows, tokens = request.shapes.batch, request.shapes.tokens
+    random = np.random.default_rng(GATE_SEED).integers(0, int(module.config.vocab_size), (rows, tokens))
+    batches = {name: np.repeat(ids, rows, axis=0) for name, ids in run.ids.items()} | {"random ids": random}
+    references = {name: text_states(module, ids) for name, ids in batches.items()}
+    run.states = {name: references[name][0][:1] for name in run.ids}
+    del module
+    if not request.compare:
+        return
+    gate, graph = run.gate(Component.TEXT_ENCODER, COMPONENT_DB[request.precision]), run.graph(Component.TEXT_ENCODER)
+    for name, ids in batches.items():
+        outputs = graph.run(input_ids=ids)
+        for output, reference in zip(("last_hidden_state", "pooler_output"), references[name], strict=True):
+            gate.compare(outputs[output], reference, f"in {output} for {name}")
+
+
+def _unet(run: Verification) -> None:
+    """The whole loop of every plan, then each of their timesteps on p z0 + q noise, z0 being the loop's own latents."""
+    from hypersd_export.verify.reference import denoise, unet_output
+
+    request = run.request
+    module = run.load("unet")
+    for entry in run.plans.entries:
+        run.progress(f"torch: {entry.steps} steps")
+        cfg = entry.plan.guidance.kind is GuidanceKind.CFG
+        run.latents[entry.steps] = denoise(
+            module,
+            entry.table,
+            entry.plan.guidance,
+            cond=run.states["prompt"],
+            uncond=run.states["negative"] if cfg else None,
+            seed=request.seed,
+            shape=run.shape,
+        )
+    if not request.compare:
+        return
+    states = _unet_states(run)
+    guidance = run.plans.default.plan.guidance
+    samples = _unet_samples(run)
+    references = {}
+    for number, (key, sample) in enumerate(samples.items(), start=1):
+        run.progress(f"torch: unet at {number} of {len(samples)} timesteps")
+        references[key] = unet_output(module, sample, key[0], states, guidance)
+    del module
+    gc.collect()
+    gate, graph = run.gate(Component.UNET, COMPONENT_DB[request.precision]), run.graph(Component.UNET)
+    for key, sample in samples.items():
+        out = graph.run(sample=sample, timestep=np.float32(key[0]), encoder_hidden_states=states)["out_sample"]
+        db, largest = gate.compare(out, references[key], f"at t = {key[0]:g}")
+        gate.steps.append({"t": key[0], "psnr_db": round(db, 2), "max_abs": min(largest, 3.4e38)})
+
+
+def _unet_states(run: Verification) -> Float:
+    """Text states for the rows of one call: unconditional rows first, where the graph has both."""
+    shapes = run.request.shapes
+    cond = np.repeat(run.states["prompt"], shapes.batch, axis=0)
+    if shapes.unet_batch == shapes.batch:
+        return cond
+    return np.concatenate([np.repeat(run.states["negative"], shapes.batch, axis=0), cond])
+
+
+def _unet_samples(run: Verification) -> dict[tuple[float, float], Float]:
+    """What the network sees at each distinct (timestep, input scale): k (p z0 + q noise), rows of seeded noise."""
+    rows = run.request.shapes.unet_batch
+    samples: dict[tuple[float, float], Float] = {}
+    for entry in run.plans.entries:
+        clean = np.repeat(run.latents[entry.steps], rows, axis=0)
+        for number, row in enumerate(entry.table.rows):
+            key = (float(row.t), float(row.k))
+            if key not in samples:
+                noise = philox_normal(seed=GATE_SEED, index=0, stream=len(samples), shape=clean.shape)
+                noisy = start_sample(entry.table, start=number, latents=clean, noise=noise)
+                samples[key] = (row.k * noisy).astype(np.float32)
+    return samples
+
+
+def _vae(run: Verification) -> None:
+    from hypersd_export.verify.reference import decode, encode, to_uint8, unscale
+
+    request, shapes = run.request, run.request.shapes
+    module = run.load("vae")
+    unscaled = {steps: unscale(module, latents) for steps, latents in run.latents.items()}
+    pictures = {steps: decode(module, latents) for steps, latents in unscaled.items()}
+    run.images = {steps: to_uint8(picture)[0] for steps, picture in pictures.items()}
+    if not request.compare:
+        return
+    random = philox_normal(seed=GATE_SEED, index=1, stream=0, shape=(shapes.batch, *run.shape))
+    codes = {f"{steps} steps": np.repeat(z, shapes.batch, axis=0) for steps, z in unscaled.items()} | {"noise": random}
+    decoded = {name: decode(module, z) for name, z in codes.items()}
+    views = {name: np.clip(image, -1, 1) for name, image in decoded.items()}
+    encoded = {name: encode(module, view) for name, view in views.items()}
+    del module
+    gc.collect()
+    gate, graph = run.gate(Component.VAE_DECODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_DECODER)
+    for name, z in codes.items():
+        gate.compare(graph.run(latent_sample=z)["sample"], decoded[name], f"for {name}")
+    gate, graph = run.gate(Component.VAE_ENCODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_ENCODER)
+    for name, view in views.items():
+        halves = zip(
+            np.split(graph.run(sample=view)["latent_parameters"], 2, axis=1),
+            np.split(encoded[name], 2, axis=1),
+            ("mean", "log-variance"),
+            strict=True,
+        )
+        for mine, theirs, half in halves:  # apart: the log-variance's range would hide the mean's error
+            gate.compare(mine, theirs, f"in the {half} for {name}")
+
+
+def _image(run: Verification) -> None:
+    """The whole torch-free pipeline against the whole torch pipeline, for every plan of the bundle."""
+    from hypersd_export.runtime.pipeline import Pipeline
+
+    request = run.request
+    gate = run.gate("image", IMAGE_DB[request.precision])
+    pipeline = Pipeline(path=request.bundle, plans=run.plans, digest="", provider=request.provider)
+    for entry in run.plans.entries:
+        run.progress(f"{request.provider}: image in {entry.steps} steps")
+        result = pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt if _is_cfg(entry) else "",
+            steps=entry.steps,
+            seed=request.seed,
+        )
+        db, largest = gate.compare(np.asarray(result.images[0]), run.images[entry.steps], f"in {entry.steps} steps")
+        gate.steps.append({"steps": entry.steps, "psnr_db": round(db, 2), "max_abs": largest})
+
+
+def _is_cfg(entry: PlanEntry) -> bool:
+    return entry.plan.guidance.kind is GuidanceKind.CFG
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the request, write the report: what was found, or the one line of a `HypersdError`."""
+    paths = sys.argv[1:] if arguments is None else arguments
+    request = VerifyRequest.read(Path(paths[0]))
+    try:
+        report = verify(request, progress=lambda text: print(text, flush=True))
+    except HypersdError as error:
+        report = {"error": {"kind": type(error).__name__, "message": str(error)}}
+    except KeyboardInterrupt:
+        return 130
+    (request.out / REPORT).write_text(json.dumps(report, allow_nan=False), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

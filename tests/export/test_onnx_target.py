@@ -1,0 +1,107 @@
+"""targets/onnx.py on small modules: names, static shapes, a clean file, external data, and what is refused."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from hypersd_export.errors import MissingBackend, OptionError
+from hypersd_export.graphs.spec import Graph
+from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE, build
+
+
+class Twins(torch.nn.Module):
+    """Two layers with the same weights in two tensors, applied to a sum that is written twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+        self.first = torch.nn.Parameter(weight.clone())
+        self.second = torch.nn.Parameter(weight.clone())
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.tanh((sample + timestep) @ self.first) + torch.sin((sample + timestep) @ self.second)
+
+
+@pytest.fixture
+def graph():
+    inputs = {"sample": torch.ones(2, 32), "timestep": torch.tensor(3.0)}
+    return Graph(name="twins", module=Twins().eval().requires_grad_(False), inputs=inputs, output_names=("out_sample",))
+
+
+def evaluate(folder, graph):
+    session = onnxruntime.InferenceSession(folder / MODEL_FILE, providers=["CPUExecutionProvider"])
+    return session.run(None, {name: value.numpy() for name, value in graph.inputs.items()})[0]
+
+
+def test_names_shapes_and_values(graph, tmp_path):
+    info = build(graph, tmp_path, opset=20, precision="fp32")
+    model = onnx.load(tmp_path / MODEL_FILE)
+    dims = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in [*model.graph.input, *model.graph.output]
+    }
+    assert dims == {"sample": [2, 32], "timestep": [], "out_sample": [2, 32]}
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20}
+    assert (info["opset"], info["precision"], info["external_data"]) == (20, "fp32", False)
+    assert info["nodes"] == len(model.graph.node)
+    assert [path.name for path in tmp_path.iterdir()] == [MODEL_FILE]
+    expected = graph.module(*graph.inputs.values()).numpy()
+    np.testing.assert_allclose(evaluate(tmp_path, graph), expected, atol=1e-6)
+
+
+def test_the_file_is_clean_and_weights_are_shared(graph, tmp_path):
+    info = build(graph, tmp_path)
+    model = onnx.load(tmp_path / MODEL_FILE)
+    assert info["weight_bytes"] == 32 * 32 * 4
+    assert len(model.graph.initializer) == 1
+    assert [node.op_type for node in model.graph.node].count("Add") == 2  # the sum is there once, and the last one
+    assert not model.metadata_props
+    assert not model.graph.value_info
+    assert not model.graph.doc_string
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+
+
+def test_the_same_graph_is_the_same_file(graph, tmp_path):
+    for name in ("a", "b"):
+        build(graph, tmp_path / name)
+    assert (tmp_path / "a" / MODEL_FILE).read_bytes() == (tmp_path / "b" / MODEL_FILE).read_bytes()
+
+
+def test_external_data_on_request_and_never_a_stale_one(graph, tmp_path):
+    info = build(graph, tmp_path, external=True)
+    assert info["external_data"]
+    assert {path.name for path in tmp_path.iterdir()} == {MODEL_FILE, DATA_FILE}
+    assert (tmp_path / DATA_FILE).stat().st_size == 32 * 32 * 4
+    [weight] = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph.initializer
+    assert {entry.key: entry.value for entry in weight.external_data}["location"] == DATA_FILE
+    external = evaluate(tmp_path, graph)
+    build(graph, tmp_path, external=True)  # not appended to
+    assert (tmp_path / DATA_FILE).stat().st_size == 32 * 32 * 4
+    build(graph, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {MODEL_FILE}
+    np.testing.assert_array_equal(evaluate(tmp_path, graph), external)
+
+
+def test_large_weights_become_external_by_themselves(graph, tmp_path, monkeypatch):
+    monkeypatch.setattr("hypersd_export.targets.onnx.EXTERNAL_DATA_BYTES", 1000)
+    assert build(graph, tmp_path)["external_data"]
+    assert (tmp_path / DATA_FILE).is_file()
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_other_opsets(graph, tmp_path, opset):
+    build(graph, tmp_path, opset=opset)
+    assert onnx.load(tmp_path / MODEL_FILE).opset_import[0].version == opset
+
+
+def test_refusals(graph, tmp_path, monkeypatch):
+    with pytest.raises(OptionError, match="--opset 12"):
+        build(graph, tmp_path, opset=12)
+    with pytest.raises(OptionError, match="--precision fp16"):
+        build(graph, tmp_path, precision="fp16")
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(MissingBackend, match=r"pip install 'hypersd\[export\]'"):
+        build(graph, tmp_path)
+    assert list(tmp_path.iterdir()) == []
