@@ -114,13 +114,13 @@ def _clean(model: "onnx_ir.Model") -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
-    kept = {*model.graph.inputs, *model.graph.outputs}
-    for node in model.graph:
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if value not in kept:
-                value.shape = None
-                value.type = None
+    interface = {*model.graph.inputs, *model.graph.outputs}
+    inner = {*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)}
+    for value in interface | inner:
+        value.metadata_props.clear()
+    for value in inner - interface:  # no value_info: shapes are inferred, and an initialiser carries its own
+        value.shape = None
+        value.type = None
 
 
 def _share_initializers(model: "onnx_ir.Model") -> None:

@@ -77,7 +77,8 @@ def test_the_manifest_tells_of_parity_stages_and_options(exported):
         LOAD, *(f"onnx-{component}" for component in COMPONENTS), ASSEMBLE, VERIFY,
     ]  # fmt: skip
     assert all(stage["seconds"] >= 0 and stage["peak_mb"] > 50 for stage in manifest.stages)
-    assert not any(stage["cached"] for stage in manifest.stages)
+    # the other stages may come from the cache that the workers of xdist share; test_interrupted has their reuse
+    assert not any(stage["cached"] for stage in manifest.stages if stage["name"] in (LOAD, ASSEMBLE))
     assert (manifest.options["width"], manifest.options["height"], manifest.options["batch"]) == (16, 16, 1)
     assert manifest.targets["onnx"]["opset"] == 20
     assert manifest.versions["torch"] == torch.__version__
