@@ -8,7 +8,7 @@ import torch
 
 from hypersd_export.errors import MissingBackend, OptionError
 from hypersd_export.graphs.spec import Graph
-from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE, build
+from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE, build, clean, save
 
 
 class Twins(torch.nn.Module):
@@ -61,6 +61,44 @@ def test_the_file_is_clean_and_weights_are_shared(graph, tmp_path):
     assert not model.graph.value_info
     assert not model.graph.doc_string
     assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+
+
+def test_cleaning_shares_weights_that_are_not_contiguous_and_keeps_outputs(tmp_path):
+    """A transposed weight twice, one of another type with the same bytes, and one that is an output itself."""
+    import onnx_ir
+
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    arrays = {"w": weight, "same": weight.copy(order="C"), "bits": weight.view(np.int32), "kept": weight.copy()}
+    values = {}
+    for name, array in arrays.items():
+        values[name] = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array, name=name))
+        values[name].metadata_props["from"] = "here"
+    total = onnx_ir.node("Add", [values["w"], values["same"]])
+    cast = onnx_ir.node("Cast", [values["bits"]], attributes={"to": onnx_ir.DataType.FLOAT})
+    result = onnx_ir.node("Add", [total.outputs[0], cast.outputs[0]])
+    result.doc_string = "long"
+    outputs = (result.outputs[0], values["kept"])
+    for value, name in zip(outputs, ("out", "kept"), strict=True):
+        value.name, value.dtype, value.shape = name, onnx_ir.DataType.FLOAT, onnx_ir.Shape([3, 2])
+    total.outputs[0].shape = onnx_ir.Shape([3, 2])
+    graph = onnx_ir.Graph(
+        [], outputs, nodes=[total, cast, result], initializers=list(values.values()), name="g", opset_imports={"": 20}
+    )
+    model = onnx_ir.Model(graph, ir_version=10)
+    model.metadata_props["made"] = "somewhere"
+    clean(model)
+    assert set(model.graph.initializers) == {"w", "bits", "kept"}
+    assert not model.metadata_props
+    for external in (False, True):
+        save(model, tmp_path, external=external)
+        onnx.checker.check_model(tmp_path / MODEL_FILE, full_check=True)
+        assert (tmp_path / DATA_FILE).exists() is False  # smaller than any tensor that is worth a file of its own
+        proto = onnx.load(tmp_path / MODEL_FILE)
+        assert not proto.graph.value_info
+        session = onnxruntime.InferenceSession(tmp_path / MODEL_FILE, providers=["CPUExecutionProvider"])
+        out, kept = session.run(None, {})
+        np.testing.assert_array_equal(out, 2 * weight + weight.view(np.int32))
+        np.testing.assert_array_equal(kept, weight)
 
 
 def test_the_same_graph_is_the_same_file(graph, tmp_path):

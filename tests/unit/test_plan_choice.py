@@ -1,168 +1,133 @@
-"""Which plan an export gets: flags > the LoRA's metadata > a preset's file name > the card > an error that asks."""
-
-from dataclasses import replace
+"""Flags > LoRA metadata > file name > card > an error that asks; and the reason is told."""
 
 import pytest
 
-from hypersd_export.diffusion import (
-    FewStepPlan,
-    Guidance,
-    GuidanceKind,
-    PredictionType,
-    Solver,
-    TimestepSpacing,
-    plans_to_metadata,
-)
+from hypersd_export.diffusion import FewStepPlan, Guidance, GuidanceKind, PredictionType, Solver, plans_to_metadata
 from hypersd_export.errors import OptionError, PlanError
 from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, describe, lora_origin
 from hypersd_export.spec import PlanFlags
 
-DDIM = {
-    "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-    "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading",
+DDIM_CONFIG = {
+    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+    "prediction_type": "epsilon", "timestep_spacing": "leading",
 }  # fmt: skip
-BASE = BaseClue(family="sd15", names=("some/model",), scheduler_config=DDIM)
-CARD = replace(BASE, card={"steps": 25, "guidance": 4.0})
-TCD = FewStepPlan(solver=Solver.TCD, num_steps=4, eta=0.3)
+SD15 = BaseClue(family="sd15", names=("my-model",), scheduler_config=DDIM_CONFIG)
+CARD = {"steps": 25, "guidance": 3.0}
 
 
-def lora(name: str, *plans: FewStepPlan, folder: str = "/loras") -> LoraClue:
-    metadata = plans_to_metadata(plans) if plans else None
-    return LoraClue(name=name, path=f"{folder}/{name}", plan_json=metadata)
+def lora(name: str, *plans: FewStepPlan) -> LoraClue:
+    return LoraClue(name=name, path=f"/loras/{name}", plan_json=plans_to_metadata(plans) if plans else None)
 
 
-def chosen(flags=None, *, base=BASE, loras=()):
-    entries = choose_plans(flags or PlanFlags(), base=base, loras=loras).entries
-    return [(entry.plan, entry.source) for entry in entries]
+def default(flags: PlanFlags | None = None, base: BaseClue = SD15, loras=()):
+    return choose_plans(flags or PlanFlags(), base=base, loras=loras).default
 
 
-def test_the_metadata_of_a_lora_is_its_plan_and_beats_its_file_name():
-    assert chosen(loras=[lora("Hyper-SD15-8steps-lora.safetensors", TCD)]) == [
-        (TCD, "metadata of Hyper-SD15-8steps-lora.safetensors")
-    ]
+def test_nothing_known_is_an_error_that_asks():
+    with pytest.raises(OptionError, match="pass --steps N"):
+        default()
 
 
-def test_a_list_of_plans_becomes_several_entries_the_first_the_default():
-    two = replace(TCD, num_steps=2)
-    assert [plan for plan, _ in chosen(loras=[lora("a.safetensors", TCD, two)])] == [TCD, two]
-    plan, source = chosen(PlanFlags(steps=(2,)), loras=[lora("a.safetensors", TCD, two)])[0]
-    assert plan == two
-    assert source == "metadata of a.safetensors, with --steps 2"
+def test_flags_alone_take_the_base_s_scheduler_and_say_so():
+    entry = default(PlanFlags(steps=(12,)))
+    assert (entry.plan.solver, entry.plan.timestep_spacing, entry.plan.guidance) == (
+        Solver.DDIM, "leading", Guidance.of(7.5),
+    )  # fmt: skip
+    assert entry.source == "flags, DDIMScheduler of the base, guidance 7.5 as diffusers' default"
 
 
-def test_the_file_name_of_a_preset():
-    [(plan, source)] = chosen(loras=[lora("Hyper-SD15-4steps-lora.safetensors")])
-    assert (plan.solver, plan.num_steps, plan.guidance.kind) == (Solver.DDIM, 4, GuidanceKind.NONE)
-    assert source == "preset Hyper-SD15-4steps-lora (file name Hyper-SD15-4steps-lora.safetensors)"
+def test_a_multistep_scheduler_of_the_base_is_refused_by_name():
+    pndm = BaseClue(family="sd15", names=(), scheduler_config={**DDIM_CONFIG, "_class_name": "PNDMScheduler"})
+    with pytest.raises(PlanError, match="PNDM"):
+        default(PlanFlags(steps=(12,)), base=pndm)
+    assert default(PlanFlags(steps=(12,), scheduler="euler"), base=pndm).plan.solver is Solver.EULER
 
 
-def test_a_generic_file_name_is_looked_up_by_its_folder():
-    clue = lora("pytorch_lora_weights.safetensors", folder="/x/lcm-lora-sdv1-5")
-    [(plan, source)] = chosen(loras=[clue])
-    assert plan.solver is Solver.LCM
-    assert "lcm-lora-sdv1-5" in source
+def test_a_file_name_is_enough():
+    entry = default(loras=[lora("Hyper-SD15-4steps-lora.safetensors")])
+    assert entry.plan.net_timesteps().tolist() == [999, 749, 499, 249]
+    assert entry.plan.guidance.kind is GuidanceKind.NONE
+    assert entry.source == "preset Hyper-SD15-4steps-lora (file name Hyper-SD15-4steps-lora.safetensors)"
 
 
-def test_flags_override_single_fields_and_the_reason_names_both():
-    flags = PlanFlags(steps=(1, 8), scheduler="tcd", eta=0.5, guidance=3.0, prediction_type="v-prediction")
-    plans = chosen(flags, loras=[lora("Hyper-SD15-4steps-lora.safetensors")])
-    assert [plan.num_steps for plan, _ in plans] == [1, 8]
-    plan, source = plans[0]
-    assert (plan.solver, plan.eta, plan.guidance) == (Solver.TCD, 0.5, Guidance.of(3.0))
-    assert plan.prediction_type is PredictionType.V_PREDICTION
-    assert source.endswith("with --steps 1 --scheduler tcd --eta 0.5 --guidance 3.0 --prediction-type v-prediction")
+def test_metadata_goes_before_the_file_name_and_flags_before_both():
+    told = FewStepPlan(solver=Solver.TCD, num_steps=6, eta=0.3)
+    files = [lora("Hyper-SD15-4steps-lora.safetensors", told)]
+    assert default(loras=files).plan == told
+    entry = default(PlanFlags(eta=0.7, guidance=2.0, prediction_type="v-prediction"), loras=files)
+    assert (entry.plan.num_steps, entry.plan.eta, entry.plan.guidance.scale) == (6, 0.7, 2.0)
+    assert entry.plan.prediction_type is PredictionType.V_PREDICTION
+    assert entry.source.endswith("with --eta 0.7 --guidance 2.0 --prediction-type v-prediction")
 
 
-def test_a_solver_without_eta_drops_the_plans_eta():
-    [(plan, _)] = chosen(PlanFlags(scheduler="lcm"), loras=[lora("a.safetensors", TCD)])
-    assert (plan.solver, plan.eta) == (Solver.LCM, 0.0)
-    with pytest.raises(PlanError, match="eta"):
-        chosen(PlanFlags(scheduler="euler", eta=0.5), loras=[lora("a.safetensors", TCD)])
+def test_the_card_comes_last_and_makes_the_spacing_trailing():
+    base = BaseClue(family="sd15", names=(), scheduler_config=DDIM_CONFIG, card=CARD)
+    entry = default(base=base)
+    assert (entry.plan.num_steps, entry.plan.timestep_spacing, entry.plan.guidance.scale) == (25, "trailing", 3.0)
+    assert default(base=base, loras=[lora("Hyper-SD15-2steps-lora.safetensors")]).steps == 2
+    assert default(PlanFlags(steps=(8,)), base=base).source == "card of the built-in model, with --steps 8"
 
 
-def test_explicit_timesteps_set_the_step_count():
-    [(plan, source)] = chosen(PlanFlags(timesteps=(999, 499)), loras=[lora("a.safetensors", TCD)])
-    assert (plan.num_steps, plan.timesteps) == (2, (999, 499))
-    assert source == "metadata of a.safetensors, with --timesteps 999,499"
-    with pytest.raises(PlanError, match="fall strictly"):
-        chosen(PlanFlags(timesteps=(499, 999)), loras=[lora("a.safetensors", TCD)])
+def test_several_step_counts_are_several_tables_the_first_is_the_default():
+    plans = choose_plans(PlanFlags(steps=(1, 2, 8)), base=SD15, loras=[lora("Hyper-SD15-1step-lora.safetensors")])
+    assert [entry.steps for entry in plans.entries] == [1, 2, 8]
+    assert plans.default.plan.eta == 1.0
+    assert plans.for_steps(8).table.rows[0].t == 999
 
 
-def test_a_style_lora_without_a_plan_takes_the_other_ones():
-    style = lora("style.safetensors")
-    assert lora_origin(style, "sd15") is None
-    assert [plan for plan, _ in chosen(loras=[style, lora("a.safetensors", TCD)])] == [TCD]
+def test_explicit_timesteps_set_the_count():
+    entry = default(PlanFlags(timesteps=(800, 400)), loras=[lora("Hyper-SD15-1step-lora.safetensors")])
+    assert (entry.steps, entry.plan.net_timesteps().tolist()) == (2, [800, 400])
+    assert "--timesteps 800,400" in entry.source
 
 
-def test_two_loras_with_different_plans_are_an_error_and_with_one_plan_are_not():
-    first, second = lora("a.safetensors", TCD), lora("b.safetensors", replace(TCD, eta=0.0))
-    with pytest.raises(OptionError, match=r"--lora a.safetensors and --lora b.safetensors have different plans"):
-        chosen(loras=[first, second])
-    assert len(chosen(loras=[first, lora("c.safetensors", TCD)])) == 1
+def test_a_scheduler_without_eta_drops_that_of_the_preset():
+    assert default(PlanFlags(scheduler="euler"), loras=[lora("Hyper-SD15-1step-lora.safetensors")]).plan.eta == 0.0
 
 
-def test_presets_that_cannot_be_exported_are_refused_by_name():
-    with pytest.raises(OptionError, match="Hyper-SD3-4steps-CFG-lora"):
-        chosen(loras=[lora("Hyper-SD3-4steps-CFG-lora.safetensors")])
-    with pytest.raises(OptionError, match=r"FLUX is a transformer"):
-        chosen(loras=[lora("Hyper-FLUX.1-dev-8steps-lora.safetensors")])
-    with pytest.raises(OptionError, match=r"\(sdxl\), and the base is of family sd15"):
-        chosen(loras=[lora("Hyper-SDXL-4steps-lora.safetensors")])
+def test_two_loras_that_disagree_are_an_error_and_two_that_agree_are_not():
+    four, eight = lora("Hyper-SD15-4steps-lora.safetensors"), lora("Hyper-SD15-8steps-lora.safetensors")
+    with pytest.raises(OptionError, match="have different plans"):
+        default(loras=[four, eight])
+    assert default(loras=[four, lora("style.safetensors")]).steps == 4
+    assert default(loras=[four, four]).steps == 4
 
 
-def test_a_whole_unet_is_no_lora_and_gives_its_plan_as_the_unet():
+def test_a_lora_of_another_family_and_one_that_is_a_unet_are_refused_in_one_line():
+    with pytest.raises(OptionError, match="the base is of family sd15"):
+        lora_origin(lora("Hyper-SDXL-4steps-lora.safetensors"), "sd15")
     with pytest.raises(OptionError, match="pass it as --unet"):
-        chosen(loras=[lora("LCM_Dreamshaper_v7.safetensors")])
-    base = replace(BASE, names=("SimianLuo/LCM_Dreamshaper_v7",), embeds_guidance=True)
-    [(plan, source)] = chosen(base=base)
-    assert (plan.solver, plan.guidance) == (Solver.LCM, Guidance(kind=GuidanceKind.EMBEDDED, scale=8.0))
-    assert source.startswith("preset LCM_Dreamshaper_v7")
-    [(plan, _)] = chosen(PlanFlags(guidance=5.0), base=base)
-    assert plan.guidance == Guidance(kind=GuidanceKind.EMBEDDED, scale=5.0)
+        lora_origin(lora("Hyper-SDXL-1step-Unet.safetensors"), "sdxl")
+    for name in ("Hyper-SD3-4steps-CFG-lora.safetensors", "Hyper-FLUX.1-dev-8steps-lora.safetensors"):
+        with pytest.raises(OptionError, match="cannot be exported yet"):
+            lora_origin(lora(name), "sd15")
 
 
-def test_the_card_of_the_built_in_model_is_ddim_trailing_with_its_guidance():
-    [(plan, source)] = chosen(base=CARD)
-    assert (plan.solver, plan.num_steps, plan.timestep_spacing) == (Solver.DDIM, 25, TimestepSpacing.TRAILING)
-    assert plan.guidance == Guidance(kind=GuidanceKind.CFG, scale=4.0)
-    assert source == "card of the built-in model"
-    [(plan, source)] = chosen(PlanFlags(steps=(8,), guidance=1.0), base=CARD)
-    assert (plan.num_steps, plan.guidance.kind) == (8, GuidanceKind.NONE)
+def test_a_unet_s_name_brings_its_plan():
+    base = BaseClue(family="sdxl", names=("Hyper-SDXL-1step-Unet.safetensors",), scheduler_config=DDIM_CONFIG)
+    assert default(base=base).plan.net_timesteps().tolist() == [800]
 
 
-def test_a_base_without_anything_asks_for_steps():
-    with pytest.raises(OptionError, match="pass --steps N"):
-        chosen()
-    with pytest.raises(OptionError, match="pass --steps N"):
-        chosen(loras=[lora("style.safetensors")])
+def test_embedded_guidance_is_a_constant_and_not_a_second_branch():
+    base = BaseClue(family="sd15", names=(), scheduler_config=DDIM_CONFIG, embeds_guidance=True)
+    entry = default(PlanFlags(steps=(4,), scheduler="lcm", guidance=8.0), base=base)
+    assert entry.plan.guidance == Guidance(kind=GuidanceKind.EMBEDDED, scale=8.0)
 
 
-def test_a_base_with_steps_takes_its_own_scheduler_and_says_so():
-    [(plan, source)] = chosen(PlanFlags(steps=(30,)))
-    assert (plan.solver, plan.timestep_spacing, plan.steps_offset) == (Solver.DDIM, TimestepSpacing.LEADING, 1)
-    assert plan.guidance == Guidance(kind=GuidanceKind.CFG, scale=7.5)
-    assert source == "flags, DDIMScheduler of the base, guidance 7.5 as diffusers' default"
-    [(plan, source)] = chosen(PlanFlags(timesteps=(999, 499), guidance=1.0, scheduler="euler"))
-    assert (plan.solver, plan.timesteps) == (Solver.EULER, (999, 499))
-    assert source == "flags"
-
-
-def test_a_multistep_scheduler_is_refused_with_the_nearest_plan_unless_a_flag_names_another():
-    base = replace(BASE, scheduler_config={**DDIM, "_class_name": "PNDMScheduler", "skip_prk_steps": True})
-    with pytest.raises(PlanError, match="PNDMScheduler"):
-        chosen(PlanFlags(steps=(4,)), base=base)
-    [(plan, _)] = chosen(PlanFlags(steps=(4,), scheduler="ddim"), base=base)
-    assert plan.solver is Solver.DDIM
-
-
-def test_unknown_names_list_the_known_ones():
-    with pytest.raises(OptionError, match="--scheduler dpm: not one-step; choose from ddim, tcd"):
-        chosen(PlanFlags(steps=(4,), scheduler="dpm"))
-    with pytest.raises(OptionError, match="--prediction-type x0: choose from epsilon"):
-        chosen(PlanFlags(prediction_type="x0"), base=CARD)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (PlanFlags(steps=(4,), scheduler="dpmpp"), "--scheduler dpmpp: not one-step; choose from ddim"),
+        (PlanFlags(steps=(4,), prediction_type="noise"), "--prediction-type noise: choose from epsilon"),
+    ],
+)
+def test_unknown_names(flags, message):
+    with pytest.raises(OptionError, match=message):
+        default(flags)
 
 
 def test_describe():
-    assert describe(TCD) == "4 steps of tcd, eta 0.3, epsilon, no guidance"
-    cfg = FewStepPlan(solver=Solver.EULER, num_steps=1, guidance=Guidance.of(3.0), timesteps=(800,))
-    assert describe(cfg) == "1 step of euler at 800, epsilon, guidance 3"
+    assert describe(FewStepPlan(solver=Solver.DDIM, num_steps=1)) == "1 step of ddim, eta 0, epsilon, no guidance"
+    plan = FewStepPlan(solver=Solver.LCM, num_steps=1, timesteps=(800,), guidance=Guidance.of(2.5))
+    assert describe(plan) == "1 step of lcm at 800, epsilon, guidance 2.5"
