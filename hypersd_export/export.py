@@ -22,7 +22,7 @@ from hypersd_export.bundle.cache import Stage
 from hypersd_export.bundle.manifest import NOT_VERIFIED, Manifest, bundle_digest, write_manifest
 from hypersd_export.bundle.publish import check_destination, staged
 from hypersd_export.graphs.spec import Component
-from hypersd_export.job import GOLDEN_SEED, Job, open_job, tool_versions
+from hypersd_export.job import GOLDEN_SEED, Job, check_backends, open_job, tool_versions
 from hypersd_export.plan_choice import describe
 from hypersd_export.spec import ExportSpec
 from hypersd_export.targets import Target
@@ -116,6 +116,7 @@ def export(spec: ExportSpec, *, reporter: Reporter | None = None, isolate: bool 
     """
     reporter = reporter or Silent()
     clock = Clock(reporter)
+    check_backends(spec)  # before the clock, which itself needs psutil
     check_destination(spec.out, overwrite=spec.overwrite)
     with clock.stage(LOAD):
         job = open_job(spec)

@@ -33,11 +33,6 @@ class PlanFlags:
     guidance: float | None = None
     prediction_type: str | None = None
 
-    def given(self) -> tuple[str, ...]:
-        """The options that were said, as on the command line."""
-        names = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
-        return tuple("--" + name.replace("_", "-") for name in names)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportSpec:

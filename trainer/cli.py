@@ -1,5 +1,6 @@
 """`hypersd-train`: the command line of the trainer. Parses, prints, and turns errors into one line."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hypersd_export.errors import HypersdError
+from hypersd_export.errors import HypersdError, MissingBackend
 
 app = typer.Typer(
     name="hypersd-train", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -34,6 +35,7 @@ def pretrain(
     ] = "latest",
 ) -> None:
     """Train tokenizer, VAE, CLIP and UNet on the drawings and write a diffusers folder to OUT/model."""
+    _require("torch", "diffusers", "transformers", "safetensors")
     from trainer.config import as_json, override
     from trainer.pretrain.recipe import recipe as named
 
@@ -41,6 +43,13 @@ def pretrain(
     typer.echo(json.dumps(as_json(config)))
     if not dry_run:
         _pretrain(config, out, tuple(stage or ()), resume)
+
+
+def _require(*packages: str) -> None:
+    """MissingBackend, naming the extra, for the first package that is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingBackend(package, "train", "hypersd-train")
 
 
 def _pretrain(config: object, out: Path, stages: tuple[str, ...], resume: str) -> None:

@@ -95,3 +95,11 @@ def test_resume_never_refuses_a_folder_that_has_a_run(finished):
     result = _run("--out", str(finished), "--recipe", "smoke", "--resume", "never")
     assert result.exit_code == 1
     assert "has a run already" in str(result.exception)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "diffusers" else object())
+    result = _run("--out", str(tmp_path / "x"), "--dry-run")
+    assert str(result.exception) == (
+        "hypersd-train needs diffusers, which is not installed: pip install 'hypersd[train]'"
+    )
