@@ -1,6 +1,7 @@
 """What stands in a bundle beside the graphs: tokenizer, scheduler, model_index.json, plan.json, card, licences."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ def write_card(
     facts = {
         "title": f"{base.name}, {describe(plan)}",
         "summary": "A text-to-image pipeline with its schedule inside, exported to ONNX by hypersd-export.",
-        "base": {"name": base.name, "family": str(base.family), "digest": base.digest},
+        "base": {"name": base.name, "family": str(base.family), "digest": base.digest, "hub_id": _hub_id(job)},
         "loras": job.lora_records(),
         "width": job.shapes.width,
         "height": job.shapes.height,
@@ -75,12 +76,18 @@ def write_card(
         "exact": call.exact,
         "parity": parity,
         "prompt": job.prompt,
-        "license": None,
+        "license": base.license_note if re.fullmatch(r"[A-Za-z0-9.+-]+", base.license_note) else None,
         "license_note": f"Base: {base.license_note}. See LICENSES.",
         "hypersd": __version__,
         "created": created,
     }
     (bundle / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def _hub_id(job: Job) -> str | None:
+    """The base's id on the hub, if that is where it came from."""
+    base = job.spec.base
+    return None if base == BUILTIN or Path(base).expanduser().exists() else base
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:

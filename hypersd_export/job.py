@@ -140,7 +140,7 @@ def open_job(spec: ExportSpec) -> Job:
         card=card if spec.unet is None else None,
     )
     plans = choose_plans(spec.plan, base=clue, loras=[_clue(lora) for lora, _ in source.loras])
-    _check_one_unet(plans)
+    check_one_unet(plans)
     cfg = any(entry.plan.guidance.kind is GuidanceKind.CFG for entry in plans.entries)
     return Job(
         spec=spec,
@@ -213,8 +213,8 @@ def _clue(lora: Any) -> LoraClue:
     return LoraClue(name=lora.path.name, path=str(lora.path.resolve()), plan_json=lora.metadata.get(LORA_METADATA_KEY))
 
 
-def _check_one_unet(plans: PlanFile) -> None:
-    """All entries share one UNet: embedded guidance is a constant of it, so it can have one value."""
+def check_one_unet(plans: PlanFile) -> None:
+    """`OptionError` unless all entries can share one UNet: embedded guidance is a constant of it."""
     scales = {
         entry.plan.guidance.scale if entry.plan.guidance.kind is GuidanceKind.EMBEDDED else None
         for entry in plans.entries

@@ -47,13 +47,13 @@ def build(
     """
     check_options(opset=opset, precision=precision)
     model = _export(graph, opset)
-    _clean(model)
+    clean(model)
     folder.mkdir(parents=True, exist_ok=True)
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external is None:
         external = weight_bytes > EXTERNAL_DATA_BYTES
-    _save(model, folder, external=external)
-    _check(folder / MODEL_FILE, graph)
+    save(model, folder, external=external)
+    check(folder / MODEL_FILE, graph)
     return {
         "precision": precision,
         "opset": opset,
@@ -98,7 +98,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _clean(model: "onnx_ir.Model") -> None:
+def clean(model: "onnx_ir.Model") -> None:
     """Share equal initialisers and subexpressions, drop what is unused, and clear metadata, doc strings, value_info."""
     from onnx_ir import passes
     from onnx_ir.passes import common
@@ -145,7 +145,8 @@ def _share_initializers(model: "onnx_ir.Model") -> None:
             del graph.initializers[value.name]
 
 
-def _save(model: "onnx_ir.Model", folder: Path, *, external: bool) -> None:
+def save(model: "onnx_ir.Model", folder: Path, *, external: bool) -> None:
+    """Write `model.onnx`, and `model.onnx_data` if `external`; files of an earlier build go first."""
     import onnx_ir
 
     for name in (MODEL_FILE, DATA_FILE):
@@ -156,7 +157,7 @@ def _save(model: "onnx_ir.Model", folder: Path, *, external: bool) -> None:
         onnx_ir.save(model, folder / MODEL_FILE)
 
 
-def _check(path: Path, graph: Graph) -> None:
+def check(path: Path, graph: Graph) -> None:
     """onnx's own checker by path (beyond 2 GB there is no other way), and what it does not notice: names."""
     import onnx
 

@@ -264,6 +264,16 @@ def test_the_cache_is_listed_and_pruned(tiny_spec, tmp_path):  # noqa: F811
     assert run("cache").exit_code == 2
 
 
+def test_the_console_script(monkeypatch, capsys):
+    from hypersd_export.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["hypersd-export", "cache", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert "prune" in capsys.readouterr().out
+
+
 def test_help_is_quick():
     code = "from hypersd_export.cli import app; app(['--help'], standalone_mode=False)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)  # once, so that bytecode is there

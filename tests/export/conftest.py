@@ -60,9 +60,9 @@ def lora_file(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def lora_exported(
     exported: Exported, tiny_spec: ExportSpec, lora_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Exported:
-    """The tiny base with the LoRA at scale 0.8, its plans from its metadata; the VAE's stages come from the cache."""
+    """The tiny base with the LoRA at scale 0.8 and its plans, for two oblong pictures (24 x 16 px) at a time."""
     out = tmp_path_factory.mktemp("bundles") / "lora"
-    spec = replace(tiny_spec, plan=PlanFlags(), loras=(f"{lora_file}:0.8",), out=out)
+    spec = replace(tiny_spec, plan=PlanFlags(), loras=(f"{lora_file}:0.8",), batch=2, size=(24, 16), out=out)
     return export(spec, isolate=False)
 
 

@@ -105,6 +105,22 @@ def test_a_cache_key_depends_on_what_the_stage_uses(tiny_spec, lora_file):
     assert differs(opset=18) == {component.value for component in Component}
 
 
+def test_plans_with_different_embedded_guidance_cannot_share_a_unet():
+    from hypersd_export.diffusion import FewStepPlan, Guidance, GuidanceKind, PlanEntry, PlanFile, Solver
+    from hypersd_export.job import check_one_unet
+
+    def plan_file(*scales):
+        plans = [
+            FewStepPlan(solver=Solver.LCM, num_steps=steps, guidance=Guidance(kind=GuidanceKind.EMBEDDED, scale=scale))
+            for steps, scale in enumerate(scales, start=1)
+        ]
+        return PlanFile(entries=tuple(PlanEntry(plan=plan, table=plan.table(), source="") for plan in plans))
+
+    check_one_unet(plan_file(8.0, 8.0))
+    with pytest.raises(OptionError, match="different guidance scales in the one UNet"):
+        check_one_unet(plan_file(8.0, 5.0))
+
+
 def test_versions_are_found_without_importing():
     versions = tool_versions()
     assert {"hypersd", "python", "torch", "onnx", "onnxruntime"} <= set(versions)

@@ -8,21 +8,24 @@ from trainer.pretrain.loop import Schedule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
-    """Sizes and schedules of all stages; see docs/log.md for the runs behind the numbers. All ours."""
+    """Sizes and schedules of all stages, all ours: those of the shipped model (docs/log.md).
+
+    To go on from a finished run, give the stage more steps: `--stage unet --set unet.steps=20000`.
+    """
 
     size_px: int = 32
     seed: int = 0
     vae_batch: int = 32
     vae: Schedule = field(
-        default_factory=lambda: Schedule(steps=6000, lr=2e-3, cooldown=1500, weight_decay=0.0, ema_decay=0.998)
+        default_factory=lambda: Schedule(steps=2400, lr=2e-3, cooldown=1000, weight_decay=0.0, ema_decay=0.998)
     )
     clip_batch: int = 128
     clip: Schedule = field(
-        default_factory=lambda: Schedule(steps=2500, lr=1e-3, cooldown=700, weight_decay=0.1, ema_decay=0.995)
+        default_factory=lambda: Schedule(steps=750, lr=1e-3, cooldown=200, weight_decay=0.1, ema_decay=0.995)
     )
     unet_batch: int = 64
     unet: Schedule = field(
-        default_factory=lambda: Schedule(steps=20000, lr=8e-4, cooldown=3000, warmup=300, ema_decay=0.999)
+        default_factory=lambda: Schedule(steps=5250, lr=8e-4, cooldown=1000, warmup=300, ema_decay=0.999)
     )
     pool: int = 32768
     test_scenes: int = 512
