@@ -103,3 +103,28 @@ def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
     assert str(result.exception) == (
         "hypersd-train needs diffusers, which is not installed: pip install 'hypersd[train]'"
     )
+
+
+def test_the_shipped_clip_is_that_of_the_shipped_text_encoder_and_tells_drawings_apart():
+    import torch
+    from torch.nn.functional import normalize
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+    from hypersd_export.builtin import model_dir
+    from trainer.pretrain.clip import BUILTIN_CLIP, tokenize
+    from trainer.pretrain.drawings import read_drawings
+    from trainer.pretrain.scenes import SceneRenderer, draw_specs, held_out_mask
+
+    clip = CLIPModel.from_pretrained(BUILTIN_CLIP).float().eval()
+    encoder = CLIPTextModel.from_pretrained(model_dir() / "text_encoder").float().eval()
+    tokenizer = CLIPTokenizer.from_pretrained(model_dir() / "tokenizer")
+    generator = torch.Generator().manual_seed(8)
+    spec = draw_specs(96, held_out_mask(), generator)
+    ids = tokenize(tokenizer, spec.captions())
+    pictures = SceneRenderer(read_drawings(), 32)(spec, generator)
+    with torch.no_grad():
+        assert torch.equal(clip.text_model(input_ids=ids).last_hidden_state, encoder(ids).last_hidden_state)
+        text = normalize(clip.get_text_features(input_ids=ids).pooler_output, dim=1)
+        image = normalize(clip.get_image_features(pixel_values=pictures).pooler_output, dim=1)
+    found = spec.concept[(image @ text.T).argmax(1)] == spec.concept
+    assert found.float().mean() > 0.8
