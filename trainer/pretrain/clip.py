@@ -13,7 +13,7 @@ from trainer.pretrain.loop import Schedule, StepResult, train
 from trainer.pretrain.scenes import UNSAID, SceneRenderer, SceneSpec, scene_batches
 
 BUILTIN_CLIP = Path(__file__).parent / "builtin_clip"
-"""The whole CLIP (fp16) whose text tower is the built-in model's text encoder: what a reward or a loss can look with."""
+"""The whole CLIP (fp16) whose text tower is the built-in model's text encoder, for rewards and losses to look with."""
 TEXT: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 32, "hidden_act": "quick_gelu", "projection_dim": 128,
