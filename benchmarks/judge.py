@@ -31,7 +31,7 @@ VISION: dict[str, Any] = {
 }  # fmt: skip
 SCHEDULE = Schedule(steps=3000, lr=1e-3, warmup=100, cooldown=900, weight_decay=0.1, ema_decay=0.995)
 BATCH = 192
-WEIGHTS = Path(__file__).parent / "judge"
+WEIGHTS = Path(__file__).parent / "judge_weights"
 
 
 def train_judge(tokenizer: Any, out: Path, schedule: Schedule = SCHEDULE) -> Iterator[StepResult]:
