@@ -4,7 +4,6 @@ Nothing heavy is imported at module level: `--help` must not wait for torch.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hypersd_export.errors import BundleError, DestinationError, HypersdError, OptionError
+from hypersd_export.errors import BundleError, DestinationError, HypersdError, OptionError, tolerate_any_text
 
 if TYPE_CHECKING:
     from hypersd_export.export import StageRecord
@@ -321,10 +320,7 @@ def _fail(message: str, code: int) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    for stream in (sys.stdout, sys.stderr):  # bytes that are not UTF-8 must not break the message that says so
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")
+    tolerate_any_text()
     app()
 
 

@@ -14,6 +14,8 @@ The CLIs turn a `HypersdError` into that one line and exit code 1; anything else
       DataError            training data or a checkpoint that cannot be read
 """
 
+import sys
+
 
 class HypersdError(Exception):
     """Base of all errors that are the caller's to mend; `str(error)` is one line."""
@@ -58,3 +60,11 @@ class BundleError(HypersdError):
 
 class DataError(HypersdError):
     """Training data, or a training checkpoint, that cannot be read."""
+
+
+def tolerate_any_text() -> None:
+    """Bytes of a command line that are not UTF-8 must not break the one line that says so. For the CLIs' `main`."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hypersd_export.errors import HypersdError, MissingBackend
+from hypersd_export.errors import HypersdError, MissingBackend, tolerate_any_text
 
 app = typer.Typer(
     name="hypersd-train", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -80,6 +80,7 @@ def _pretrain(config: object, out: Path, stages: tuple[str, ...], resume: str) -
 
 def main() -> None:
     """Entry point: one line and exit code 1 for every error that is the user's to mend."""
+    tolerate_any_text()
     try:
         app()
     except HypersdError as error:

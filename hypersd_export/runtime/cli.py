@@ -5,7 +5,6 @@ Only typer is imported at the top: NumPy, onnxruntime, tokenizers and Pillow com
 
 import json
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from hypersd_export.errors import DestinationError, HypersdError, OptionError
+from hypersd_export.errors import DestinationError, HypersdError, OptionError, tolerate_any_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -303,11 +302,7 @@ def _golden(pipeline: "Pipeline", as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    # Bytes of the command line that are not UTF-8 must not break the message that says so.
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")
+    tolerate_any_text()
     app()
 
 
