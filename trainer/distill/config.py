@@ -1,0 +1,238 @@
+"""How a distillation is configured: methods are rows of the same table, recipes are methods on a base model.
+
+What the Hyper-SD paper (arXiv 2404.13686) discloses is marked "paper"; every other figure is ours, or named.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from hypersd_export.diffusion import segment_length
+from hypersd_export.errors import OptionError
+from trainer.losses.tscd import Boundary, Distance, End
+
+
+class Teacher(StrEnum):
+    """Whose step leads from t_n to t_{n-1}: the original model with guidance, or the previous stage's student."""
+
+    ORIGINAL = "original"
+    PREVIOUS = "previous"
+
+
+class Real(StrEnum):
+    """What the discriminator sees as real: the consistency target, a multi-step solution of the teacher, or data."""
+
+    TARGET = "target"
+    TEACHER_MULTISTEP = "teacher_multistep"
+    DATA = "data"
+
+
+class Backend(StrEnum):
+    """frozen: the teacher's features with small heads, hinge loss (PCM, arXiv 2405.18407); trainable: a copy of the
+    teacher's encoder, non-saturating loss (SDXL-Lightning, arXiv 2402.13929, which the paper cites)."""
+
+    FROZEN = "frozen"
+    TRAINABLE = "trainable"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One stage: k segments on a grid of N points, `steps` student updates, and the weights of the two losses."""
+
+    segments: int
+    points: int
+    steps: int
+    lr: float
+    w_mse: float = 1.0
+    w_adv: float = 0.0
+    teacher: Teacher = Teacher.ORIGINAL
+
+    def __post_init__(self) -> None:
+        segment_length(self.points, self.segments)
+        if self.steps < 0 or self.lr <= 0:
+            raise OptionError(f"stage k={self.segments}: steps {self.steps} and lr {self.lr} must be >= 0 and > 0")
+        if min(self.w_mse, self.w_adv) < 0 or self.w_mse + self.w_adv == 0:
+            raise OptionError(f"stage k={self.segments}: weights {self.w_mse}, {self.w_adv} must be >= 0, not both 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Rank and alpha of the LoRA; `modules` are endings of module names. The released files have rank 64."""
+
+    rank: int = 64
+    alpha: float = 64.0
+    modules: tuple[str, ...] = (
+        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+        "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdversarialConfig:
+    """The discriminator. Lightning's Adam betas; learning rates ours (PCM 1e-5 for heads, Lightning 1e-6 for copies).
+
+    conditional: Lightning's D(x_t, x_s): also sees where the jump began. teacher_steps: of TEACHER_MULTISTEP.
+    """
+
+    backend: Backend = Backend.FROZEN
+    real: Real = Real.TEACHER_MULTISTEP
+    conditional: bool = False
+    teacher_steps: int = 4
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.0, 0.99)
+    head_channels: int = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where samples come from: "builtin" scenes, or a folder, dataset or shard pattern (`trainer.data`), and the cache.
+
+    on_error: "skip" counts and names what cannot be read, "stop" refuses at the first. size_px: 0 takes the base's.
+    """
+
+    source: str = "builtin"
+    cache: str = ""
+    size_px: int = 0
+    caption_column: str = "text"
+    image_column: str = "image"
+    on_error: str = "skip"
+    max_samples: int = 0
+
+
+CHOICES = {
+    "optimizer": ("adamw", "adamw8bit"),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "base_precision": ("fp32", "fp16", "bf16"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """Everything that decides a distillation.
+
+    guidance: range that w is drawn from, in the convention u + w(c − u); baked in by the teacher's step (paper: yes,
+    range not disclosed). cfg_preserved: the teacher's step is conditional only and `empty_prompts` of the captions are
+    empty, so that the student keeps guidance for inference (PCM). ema_decay: of the target (paper: yes, rate not
+    disclosed); 0 makes the student its own target. batch: over all processes and accumulated micro-batches.
+    mixed_precision: of the passes; base_precision: of the frozen weights at rest (the LoRA is always float32).
+    """
+
+    method: str
+    stages: tuple[StageConfig, ...]
+    base: str = "builtin"
+    data: DataConfig = field(default_factory=DataConfig)
+    end: End = End.RANDOM
+    boundary: Boundary = Boundary.DDIM
+    distance: Distance = Distance.MSE
+    huber_c: float = 1e-3
+    guidance: tuple[float, float] = (3.0, 3.0)
+    cfg_preserved: bool = False
+    empty_prompts: float = 0.0
+    ema_decay: float = 0.95
+    offset_noise: float = 0.0
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    batch: int = 64
+    micro_batch: int = 0
+    mixed_precision: str = "bf16"
+    base_precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-3
+    clip: float = 1.0
+    warmup: int = 0
+    seed: int = 0
+    save_every: int = 500
+    keep: int = 2
+    validate_every: int = 0
+    validation_prompts: tuple[str, ...] = ()
+    log_with: str = "tensorboard"
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance
+        if not 1 <= low <= high:
+            raise OptionError(f"guidance {low} to {high}: must be at least 1 (u + w(c - u)), and rising")
+        if not 0 <= self.ema_decay < 1 or not 0 <= self.empty_prompts <= 1 or self.offset_noise < 0:
+            raise OptionError(
+                f"ema_decay {self.ema_decay}, empty_prompts {self.empty_prompts}, offset_noise {self.offset_noise}: "
+                "must be in [0, 1), [0, 1] and >= 0"
+            )
+        if self.batch < 1 or (self.micro_batch and self.batch % self.micro_batch):
+            raise OptionError(f"batch {self.batch}: must be a multiple of micro_batch {self.micro_batch}, at least 1")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise OptionError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
+        if not self.stages or self.stages[0].teacher is not Teacher.ORIGINAL:
+            raise OptionError("a distillation needs at least one stage, and the first one's teacher is the original")
+
+
+def tscd_stages(
+    steps: tuple[int, ...], lr: float, *, mse: tuple[float, ...] = (1.0, 1.0, 0.5, 0.25),
+    adv: tuple[float, ...] = (0.0, 0.05, 0.1, 0.3),
+) -> tuple[StageConfig, ...]:  # fmt: skip
+    """k = 8, 4, 2, 1 (paper). N = 40, 40, 50, 50 (ours): stages 8 and 4 lie on DDIM-trailing's timesteps, 2 and 1 on
+    TCD's grid. The shift of weight from MSE to adversarial is the paper's, its figures ours."""
+    rows = zip((8, 4, 2, 1), (40, 40, 50, 50), steps, mse, adv, strict=True)
+    return tuple(StageConfig(segments=k, points=n, steps=s, lr=lr, w_mse=m, w_adv=a) for k, n, s, m, a in rows)
+
+
+METHODS = ("tscd", "tcd", "lcm", "pcm")
+
+
+def with_method(config: DistillConfig, method: str) -> DistillConfig:
+    """The same recipe by another method, with the same total of student updates and the first stage's learning rate.
+
+    lcm: arXiv 2310.04378 (LoRA script of diffusers: no EMA target, pseudo-Huber); tcd: arXiv 2402.19159;
+    pcm: arXiv 2405.18407, 4 phases; set stages.0.segments for another count.
+    """
+    total, lr = sum(stage.steps for stage in config.stages), config.stages[0].lr
+    one = StageConfig(segments=1, points=50, steps=total, lr=lr)
+    if method == "tscd":
+        return replace(config, method=method)
+    if method == "tcd":
+        return replace(config, method=method, stages=(one,), distance=Distance.HUBER)
+    if method == "lcm":
+        return replace(
+            config, method=method, stages=(one,), distance=Distance.HUBER, end=End.EDGE, boundary=Boundary.LCM,
+            ema_decay=0.0,
+        )  # fmt: skip
+    if method == "pcm":
+        return replace(
+            config, method=method, stages=(replace(one, segments=4, points=40),), distance=Distance.HUBER, end=End.EDGE
+        )
+    raise OptionError(f"--method {method!r} is not a method; there are: {', '.join(METHODS)}")
+
+
+def builtin() -> DistillConfig:
+    """The built-in model on two CPU cores, all ours."""
+    return DistillConfig(
+        method="tscd", stages=tscd_stages((500, 500, 500, 500), 5e-4), lora=LoraConfig(rank=32, alpha=32.0),
+        validate_every=250, weight_decay=0.0, warmup=20,
+    )  # fmt: skip
+
+
+def sd15() -> DistillConfig:
+    """Stable Diffusion 1.5 at 512 px: batch 512 and lr 1e-6 are the paper's; guidance near PCM's 4-5, plus one."""
+    return DistillConfig(
+        method="tscd", base="stable-diffusion-v1-5/stable-diffusion-v1-5", stages=tscd_stages((5000,) * 4, 1e-6),
+        data=DataConfig(source=""), guidance=(5.0, 9.0), batch=512, micro_batch=16, mixed_precision="fp16",
+        base_precision="fp16", gradient_checkpointing=True, offset_noise=0.05,
+    )  # fmt: skip
+
+
+def sdxl() -> DistillConfig:
+    """SDXL base at 1024 px: batch 512 and lr 1e-6 are the paper's; guidance near PCM's 6-7, plus one."""
+    return replace(
+        sd15(), base="stabilityai/stable-diffusion-xl-base-1.0", guidance=(7.0, 9.0), micro_batch=4,
+        mixed_precision="bf16", base_precision="bf16",
+    )  # fmt: skip
+
+
+RECIPES = {"builtin": builtin, "sd15": sd15, "sdxl": sdxl}
+
+
+def recipe(name: str) -> DistillConfig:
+    """The configuration named `name`; OptionError names those there are."""
+    if name not in RECIPES:
+        raise OptionError(f"--recipe {name!r} is not a distillation recipe; there are: {', '.join(RECIPES)}")
+    return RECIPES[name]()

@@ -1,0 +1,181 @@
+"""One distillation step: what is drawn at random, the student's loss, and the discriminator's.
+
+All randomness of a step is a function of (seed, stage, step) and is drawn for the whole global batch, of which every
+process and micro-batch takes its rows: a resumed run, and a run on other hardware, sees the same numbers.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hypersd_export.diffusion.solver import add_noise
+from trainer.batch import Batch, Conditioning
+from trainer.discriminator import Discriminator
+from trainer.distill.config import DistillConfig, Real, StageConfig, Teacher
+from trainer.distill.networks import Networks, Role
+from trainer.losses import adversarial
+from trainer.losses.tscd import Grid, Indices, Pair, consistency_distance, consistency_pair, draw_indices, psi
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """What one step draws, a row per sample: noise [B, C, h, w] (offset noise included), guidance w [B], `drop` bool
+    [B] (the caption becomes empty); for the critic the timestep [B] that it looks at, and two noises."""
+
+    indices: Indices
+    noise: torch.Tensor
+    guidance: torch.Tensor
+    drop: torch.Tensor
+    critic_t: torch.Tensor
+    critic_noise: torch.Tensor
+    data_noise: torch.Tensor
+
+    def rows(self, index: slice) -> "Draws":
+        """The samples that a slice picks."""
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> "Draws":
+        """The same on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Draws":
+        tensors = {f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "indices"}
+        return Draws(indices=Indices(function(self.indices.start), function(self.indices.end)), **tensors)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """What the critic sees: fake and real [B, C, h, w] at timesteps t [B], and where the fake's jump began."""
+
+    fake: torch.Tensor
+    real: torch.Tensor
+    t: torch.Tensor
+    conditioning: Conditioning
+    origin: tuple[torch.Tensor, torch.Tensor] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """`loss`: scalar, the mean over the micro-batch, with gradient to the student alone; `logs`: detached scalars."""
+
+    loss: torch.Tensor
+    logs: dict[str, torch.Tensor]
+    look: Look | None
+
+
+class DistillStep:
+    """The losses of one stage. `critic` is what the discriminator's own loss calls it through (a wrapper, with DDP)."""
+
+    def __init__(
+        self, networks: Networks, config: DistillConfig, stage: StageConfig, empty: Conditioning,
+        discriminator: Discriminator | None = None,
+    ) -> None:  # fmt: skip
+        self.networks, self.config, self.stage, self.empty = networks, config, stage, empty
+        self.discriminator, self.critic = discriminator, discriminator
+        self.alphas = networks.alphas_cumprod.to(networks.unet.device, torch.float32)
+        self.grid = Grid.of(self.alphas, points=stage.points, segments=stage.segments, device=self.alphas.device)
+        if (discriminator is None) != (stage.w_adv == 0):
+            raise ValueError("a discriminator is needed exactly where w_adv > 0")
+
+    def draw(self, step: int, shape: tuple[int, int, int]) -> Draws:
+        """The draws of the global batch of `step` (counted within the stage) for latents of `shape`, on the CPU."""
+        config, count = self.config, self.config.batch
+        key = f"{config.seed}/{self.stage.segments}/{self.stage.points}/{step}"
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+        grid = Grid.of(self.alphas.cpu(), points=self.stage.points, segments=self.stage.segments)
+        indices = draw_indices(count, grid, config.end, generator)
+        noise, critic_noise, data_noise = torch.randn(3, count, *shape, generator=generator)
+        offset = torch.randn(count, shape[0], 1, 1, generator=generator)
+        low, high = config.guidance
+        uniform = torch.rand(2, count, generator=generator)
+        return Draws(
+            indices=indices, noise=noise + config.offset_noise * offset, guidance=low + (high - low) * uniform[0],
+            drop=uniform[1] < config.empty_prompts, critic_noise=critic_noise, data_noise=data_noise,
+            critic_t=adversarial.draw_critic_timesteps(indices, grid, generator),
+        )  # fmt: skip
+
+    def __call__(self, batch: Batch, draws: Draws) -> StepOutput:
+        """The student's loss on a micro-batch; the student's pass is the last one and the only one with gradient."""
+        conditioning = batch.conditioning.where(draws.drop, self.empty.expand(len(batch)))
+        pair = self._pair(batch.latents, draws, conditioning)
+        distance = consistency_distance(pair, self.config.distance, self.config.huber_c).mean()
+        loss, logs, look = self.stage.w_mse * distance, {"consistency": distance.detach()}, None
+        if self.discriminator is not None:
+            look, fake = self._look(batch, draws, conditioning, pair)
+            self.discriminator.requires_grad_(False)  # the generator's loss must leave no gradient in the critic
+            logits = self.discriminator(fake, look.t, conditioning, look.origin)
+            deceit = adversarial.generator_loss(self.config.adversarial.backend, logits).mean()
+            loss, logs["adversarial"] = loss + self.stage.w_adv * deceit, deceit.detach()
+        return StepOutput(loss=loss, logs=logs, look=look)
+
+    def critic_loss(self, look: Look) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The discriminator's loss, one pass over real and fake: scalar, with gradient to it alone."""
+        assert self.discriminator is not None
+        assert self.critic is not None
+        for parameter in self.discriminator.trainable_parameters():
+            parameter.requires_grad_(True)
+        conditioning, origin = look.conditioning.rows(_twice(look.t)), look.origin
+        if origin is not None:
+            origin = (torch.cat([origin[0]] * 2), torch.cat([origin[1]] * 2))
+        logits = self.critic(torch.cat([look.real, look.fake]), torch.cat([look.t, look.t]), conditioning, origin)
+        real, fake = zip(*(part.chunk(2) for part in logits), strict=True)
+        loss = adversarial.critic_loss(self.config.adversarial.backend, real, fake).mean()
+        right = torch.stack([(r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake, strict=True)])
+        return loss, {"critic": loss.detach(), "critic_right": right.detach().mean() / 2}
+
+    def _pair(self, x0: torch.Tensor, draws: Draws, conditioning: Conditioning) -> Pair:
+        networks = self.networks
+        target = Role.STUDENT if self.config.ema_decay == 0 else Role.TARGET
+        return consistency_pair(
+            x0, draws.noise, draws.indices, self.grid,
+            student=lambda x, t, _: networks.student(x, t, conditioning),
+            target=lambda x, t, rows: networks.frozen(target, x, t, conditioning.rows(rows)),
+            teacher=lambda x, t, _: self._teach(x, t, draws, conditioning),
+            prediction_type=networks.prediction_type, boundary=self.config.boundary,
+        )  # fmt: skip
+
+    def _teach(self, x: torch.Tensor, t: torch.Tensor, draws: Draws, conditioning: Conditioning) -> torch.Tensor:
+        """The teacher's output: guidance is applied to the original model alone, and not where the student keeps it."""
+        if self.stage.teacher is Teacher.PREVIOUS:
+            return self.networks.frozen(Role.TEACHER, x, t, conditioning)
+        if self.config.cfg_preserved or self.config.guidance == (1.0, 1.0):
+            return self.networks.frozen(Role.BASE, x, t, conditioning)
+        return self.networks.frozen(Role.BASE, x, t, conditioning, guidance=draws.guidance, empty=self.empty)
+
+    def _look(self, batch: Batch, draws: Draws, conditioning: Conditioning, pair: Pair) -> tuple[Look, torch.Tensor]:
+        """What critic and generator look at, diffused from t_end to `critic_t`; and the fake again, with gradient."""
+        end, seen = _level(self.grid.alphas[pair.indices.end]), _level(self.alphas[draws.critic_t])
+        fake = adversarial.renoise(pair.student, end, seen, draws.critic_noise)
+        settings = self.config.adversarial
+        with torch.no_grad():
+            if settings.real is Real.DATA:
+                real = add_noise(batch.latents, draws.data_noise, seen)
+            else:
+                clean = pair.target if settings.real is Real.TARGET else self._solve(draws, conditioning, pair)
+                real = adversarial.renoise(clean, end, seen, draws.critic_noise)
+        origin = (pair.x_start, self.grid.timesteps[pair.indices.start]) if settings.conditional else None
+        look = Look(fake=fake.detach(), real=real, t=draws.critic_t, conditioning=conditioning, origin=origin)
+        return look, fake
+
+    def _solve(self, draws: Draws, conditioning: Conditioning, pair: Pair) -> torch.Tensor:
+        """The teacher's solution from t_n to t_end in `teacher_steps` DDIM steps: sharp, and on its path."""
+        count = self.config.adversarial.teacher_steps
+        start, end = self.grid.timesteps[pair.indices.start], self.grid.timesteps[pair.indices.end]
+        x = pair.x_start
+        for step in range(count):
+            t, to = (start + (end - start) * i // count for i in (step, step + 1))
+            out = self._teach(x, t, draws, conditioning)
+            x = psi(x, out, _level(self.alphas[t]), _level(self.alphas[to]), self.networks.prediction_type)
+        return x
+
+
+def _level(values: torch.Tensor) -> torch.Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _twice(t: torch.Tensor) -> Any:
+    return torch.arange(len(t), device=t.device).repeat(2)
