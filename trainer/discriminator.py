@@ -4,8 +4,8 @@
     frozen       frozen, eval         every down block and the mid block     PCM (arXiv 2405.18407), its public code
     trainable    trained, float32     the mid block                          SDXL-Lightning (arXiv 2402.13929)
 
-PCM also reads the up blocks and has four heads a map; the encoder half with one head a map is ours: it takes half of
-the memory and of the time, and is the one that fits one GPU beside SDXL.
+PCM also reads the up blocks and has four heads a map. The encoder half with one head a map is ours: it has 41 % of the
+weights of SD 1.5's UNet and 33 % of its operations (SDXL: 48 % and 43 %), and so fits beside SDXL on one GPU.
 """
 
 from collections.abc import Mapping
@@ -60,19 +60,25 @@ class Discriminator(nn.Module):
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning,
-        origin: tuple[torch.Tensor, torch.Tensor] | None = None,
+        origin: tuple[torch.Tensor, torch.Tensor] | None = None, *, seen: tuple[torch.Tensor, ...] | None = None,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """Logits float32 for samples x [B, C, h, w] at timesteps t int64 [B], one tensor per head: maps [B, 1, h', w']
-        of the frozen back end, one [B, 1] of the trainable one. `origin` = (x_start, t_start) if conditional, else
-        None (ValueError)."""
-        seen = None if origin is None else self.features(*origin, conditioning)
-        return self.logits(self.features(x, t, conditioning), seen)
+        of the frozen back end, one [B, 1] of the trainable one.
+
+        origin: (x_start, t_start) if conditional, else None (ValueError); B rows, or B/n, which then serve n parts of
+        the batch in turn (real and fake of the same jumps). seen: what `features(x, t, conditioning)` gave, if it was
+        asked before; spares the encoder pass over x.
+        """
+        begun = None
+        if origin is not None:
+            begun = self.features(*origin, conditioning.rows(slice(len(origin[0]))))
+        return self.logits(self.features(x, t, conditioning) if seen is None else seen, begun)
 
     def features(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, ...]:
         """The maps that the heads judge, in the encoder's dtype: one encoder pass.
 
-        The student's step and the critic's need the same ones of the fake sample if the encoder is frozen: take them
-        once, and give the critic's `logits` a detached copy.
+        With a frozen encoder the student's loss and the critic's read the same ones of the fake sample: take them once,
+        and hand the critic a detached copy (`forward`'s `seen`).
         """
         maps: list[torch.Tensor] = []
         blocks = self.encoder.down_blocks if self.backend is Backend.FROZEN else ()
@@ -95,7 +101,9 @@ class Discriminator(nn.Module):
         if (origin is not None) != self.conditional:
             raise ValueError(f"conditional is {self.conditional}: features of the origin go with it, and only with it")
         if origin is not None:
-            features = tuple(torch.cat(pair, dim=1) for pair in zip(features, origin, strict=True))
+            parts = len(features[0]) // len(origin[0])
+            whole = (map_.repeat(parts, 1, 1, 1) for map_ in origin)
+            features = tuple(torch.cat(pair, dim=1) for pair in zip(features, whole, strict=True))
         with torch.autocast(features[0].device.type, enabled=False):
             return tuple(head(map_.float()) for head, map_ in zip(self.heads, features, strict=True))
 
@@ -159,16 +167,18 @@ class ScalarHead(nn.Module):
     """[B, C, h, w] → logits [B, 1]: `halvings` times [4x4 conv of stride 2, GroupNorm, SiLU], and a linear layer.
 
     SDXL-Lightning's head, of which neither count nor width is told: here as many as bring the mid block's map at the
-    model's own size to 1x1 (ours). What is left of a larger map is averaged; a side of 1 is doubled before the conv.
+    model's own size to 1x1 (ours), the last without a norm: on one pixel it leaves the features' direction alone and
+    flattens the gradient (built-in model, 100 steps: critic's loss 1.14 with it, 0.76 without). What is left of a
+    larger map is averaged; a side of 1 is doubled before the conv.
     """
 
     def __init__(self, channels: int, width: int, halvings: int) -> None:
         super().__init__()
         widths = [channels, *[width] * halvings]
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(before, after, 4, stride=2, padding=1), _norm(after), nn.SiLU())
-            for before, after in pairwise(widths)
-        )
+        self.blocks = nn.ModuleList()
+        for before, after in pairwise(widths):
+            norm = [_norm(after)] if len(self.blocks) < halvings - 1 else []
+            self.blocks.append(nn.Sequential(nn.Conv2d(before, after, 4, stride=2, padding=1), *norm, nn.SiLU()))
         self.out = _zero(nn.Linear(width, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

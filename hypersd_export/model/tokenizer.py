@@ -96,11 +96,11 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """A tokenizer.json (the `tokenizers` library's format 1.0) for a CLIP vocabulary."""
     start, end = tokenizer.vocabulary[tokenizer.start], tokenizer.vocabulary[tokenizer.end]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    # the padding token is special too: SD 2.x pads with "!", and transformers then reads every "!" of a prompt as one
+    names = sorted({tokenizer.start, tokenizer.end, tokenizer.pad}, key=tokenizer.vocabulary.__getitem__)
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [
-            {"id": start, "content": tokenizer.start, **special}, {"id": end, "content": tokenizer.end, **special},
-        ],
+        "added_tokens": [{"id": tokenizer.vocabulary[name], "content": name, **special} for name in names],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}, {"type": "Lowercase"},
         ]},

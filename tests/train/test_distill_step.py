@@ -66,7 +66,8 @@ def test_draws_are_a_function_of_seed_stage_and_step():
         assert not torch.equal(getattr(one, field), getattr(other, field)) or field == "critic_t"
     assert torch.equal(one.indices.start, again.indices.start)
     assert not torch.equal(one.noise, make(seed=1).draw(7, SHAPE).noise)
-    assert not torch.equal(one.noise, make(dataclasses.replace(K4, segments=8)).draw(7, SHAPE).noise)
+    step.number = 2  # another stage of the run
+    assert not torch.equal(one.noise, step.draw(7, SHAPE).noise)
     assert torch.equal(one.rows(slice(2, 4)).noise, one.noise[2:4])
     assert torch.equal(one.rows(slice(2, 4)).indices.end, one.indices.end[2:4])
 
@@ -152,6 +153,33 @@ def test_the_fewest_rows_are_passed(monkeypatch):
     assert seen == {Role.STUDENT: 6, Role.TARGET: unfinished, Role.TEACHER: 6, Role.BASE: 0}
     seen, unfinished = count_rows(make(networks=networks, ema_decay=0.0), monkeypatch)
     assert seen == {Role.STUDENT: 6 + unfinished, Role.TARGET: 0, Role.TEACHER: 0, Role.BASE: 12}
+
+
+def test_the_discriminators_encoder_is_asked_no_more_than_it_must(monkeypatch):
+    """frozen: fake and real once each; the teacher's first pass serves the target and the multi-step solution."""
+    networks = small_networks()
+    settings = AdversarialConfig(real=Real.TEACHER_MULTISTEP, teacher_steps=3, conditional=True)
+    step = make(dataclasses.replace(K4, w_adv=1.0), networks=networks, adversarial=settings)
+    asked = []
+    features = step.discriminator.features
+    monkeypatch.setattr(
+        step.discriminator, "features", lambda x, t, text: asked.append(x.detach().clone()) or features(x, t, text)
+    )
+    seen, _ = count_rows(step, monkeypatch)
+    assert seen[Role.BASE] == 3 * 12
+    output = step(batch(6), step.draw(0, SHAPE))
+    asked.clear()
+    step.critic_loss(output.look)
+    assert len(asked) == 1
+    assert torch.equal(asked[0], output.look.real)
+    fresh = step.discriminator(
+        torch.cat([output.look.real, output.look.fake]), output.look.t.repeat(2),
+        output.look.conditioning.rows(torch.arange(6).repeat(2)), output.look.origin,
+    )  # fmt: skip
+    loss = step.critic_loss(output.look)[0]
+    real, fake = zip(*(part.chunk(2) for part in fresh), strict=True)
+    hinge = [torch.relu(1 - r).mean() + torch.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]
+    torch.testing.assert_close(loss, torch.stack(hinge).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_student_that_is_the_teacher_has_no_loss_when_every_point_is_an_edge():

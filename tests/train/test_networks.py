@@ -113,7 +113,7 @@ def test_ema_and_stage_start():
 def test_state_is_refused_when_it_does_not_fit(networks):
     state = networks.state()
     with pytest.raises(ModelError, match="do not fit"):
-        networks.load_state({k: v for k, v in list(state.items())[1:]})
+        networks.load_state(dict(list(state.items())[1:]))
     with pytest.raises(ModelError, match="do not fit"):
         small_networks(rank=2).load_state(state)
     with pytest.raises(ModelError, match=r"lora\.modules"):

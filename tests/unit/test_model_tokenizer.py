@@ -93,3 +93,19 @@ def test_damaged_tokenizers(tiny_base: Path, tmp_path: Path) -> None:
     refused("its pad token '<none>' is not in its vocabulary")
     fast.unlink()
     refused("no tokenizer")
+
+
+def test_a_padding_token_that_prompts_may_contain_is_read_as_transformers_does(tmp_path: Path) -> None:
+    """SD 2.x pads with "!", and its files have no tokenizer.json: "cat!" ends in the padding id, not in "!</w>"."""
+    from transformers import CLIPTokenizer
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_tokenizer(source)
+    (source / "tokenizer.json").unlink()
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "!"}))
+    expected = CLIPTokenizer.from_pretrained(source)
+    write_tokenizer(read_tokenizer(source, 16), out)
+    for text in (*TEXTS, "cat!", "a cat ! and a dog!!"):
+        assert ids(out, text) == expected(text).input_ids
+    assert expected("cat!").input_ids[-2] == expected.pad_token_id

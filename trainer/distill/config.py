@@ -159,6 +159,8 @@ class DistillConfig:
             )
         if self.batch < 1 or (self.micro_batch and self.batch % self.micro_batch):
             raise OptionError(f"batch {self.batch}: must be a multiple of micro_batch {self.micro_batch}, at least 1")
+        if self.boundary is Boundary.LCM and (self.end is not End.EDGE or any(s.segments > 1 for s in self.stages)):
+            raise OptionError("boundary lcm ends at the end of the trajectory: it needs end=edge and segments=1")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
@@ -207,7 +209,7 @@ def builtin() -> DistillConfig:
     """The built-in model on two CPU cores, all ours."""
     return DistillConfig(
         method="tscd", stages=tscd_stages((500, 500, 500, 500), 5e-4), lora=LoraConfig(rank=32, alpha=32.0),
-        validate_every=250, weight_decay=0.0, warmup=20,
+        adversarial=AdversarialConfig(lr=5e-4), validate_every=250, weight_decay=0.0, warmup=20,
     )  # fmt: skip
 
 

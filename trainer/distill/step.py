@@ -8,14 +8,13 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from hypersd_export.diffusion.solver import add_noise
 from trainer.batch import Batch, Conditioning
 from trainer.discriminator import Discriminator
-from trainer.distill.config import DistillConfig, Real, StageConfig, Teacher
+from trainer.distill.config import Backend, DistillConfig, Real, StageConfig, Teacher
 from trainer.distill.networks import Networks, Role
 from trainer.losses import adversarial
 from trainer.losses.tscd import Grid, Indices, Pair, consistency_distance, consistency_pair, draw_indices, psi
@@ -49,13 +48,18 @@ class Draws:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
-    """What the critic sees: fake and real [B, C, h, w] at timesteps t [B], and where the fake's jump began."""
+    """What the critic sees: fake and real [B, C, h, w] at timesteps t [B], and where the fake's jump began.
+
+    seen, begun: the encoder's features of `fake` and of `origin`, which a frozen encoder need not be asked for again.
+    """
 
     fake: torch.Tensor
     real: torch.Tensor
     t: torch.Tensor
     conditioning: Conditioning
     origin: tuple[torch.Tensor, torch.Tensor] | None
+    seen: tuple[torch.Tensor, ...] = ()
+    begun: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,14 +72,14 @@ class StepOutput:
 
 
 class DistillStep:
-    """The losses of one stage. `critic` is what the discriminator's own loss calls it through (a wrapper, with DDP)."""
+    """The losses of one stage, the `number`-th of its run (from 1)."""
 
     def __init__(
         self, networks: Networks, config: DistillConfig, stage: StageConfig, empty: Conditioning,
-        discriminator: Discriminator | None = None,
+        discriminator: Discriminator | None = None, *, number: int = 1,
     ) -> None:  # fmt: skip
         self.networks, self.config, self.stage, self.empty = networks, config, stage, empty
-        self.discriminator, self.critic = discriminator, discriminator
+        self.discriminator, self.number = discriminator, number
         self.alphas = networks.alphas_cumprod.to(networks.unet.device, torch.float32)
         self.grid = Grid.of(self.alphas, points=stage.points, segments=stage.segments, device=self.alphas.device)
         if (discriminator is None) != (stage.w_adv == 0):
@@ -84,17 +88,17 @@ class DistillStep:
     def draw(self, step: int, shape: tuple[int, int, int]) -> Draws:
         """The draws of the global batch of `step` (counted within the stage) for latents of `shape`, on the CPU."""
         config, count = self.config, self.config.batch
-        key = f"{config.seed}/{self.stage.segments}/{self.stage.points}/{step}"
+        key = f"{config.seed}/{self.number}/{step}"
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
         grid = Grid.of(self.alphas.cpu(), points=self.stage.points, segments=self.stage.segments)
         indices = draw_indices(count, grid, config.end, generator)
         noise, critic_noise, data_noise = torch.randn(3, count, *shape, generator=generator)
-        offset = torch.randn(count, shape[0], 1, 1, generator=generator)
+        offset, data_offset = config.offset_noise * torch.randn(2, count, shape[0], 1, 1, generator=generator)
         low, high = config.guidance
         uniform = torch.rand(2, count, generator=generator)
         return Draws(
-            indices=indices, noise=noise + config.offset_noise * offset, guidance=low + (high - low) * uniform[0],
-            drop=uniform[1] < config.empty_prompts, critic_noise=critic_noise, data_noise=data_noise,
+            indices=indices, noise=noise + offset, guidance=low + (high - low) * uniform[0],
+            drop=uniform[1] < config.empty_prompts, critic_noise=critic_noise, data_noise=data_noise + data_offset,
             critic_t=adversarial.draw_critic_timesteps(indices, grid, generator),
         )  # fmt: skip
 
@@ -105,23 +109,27 @@ class DistillStep:
         distance = consistency_distance(pair, self.config.distance, self.config.huber_c).mean()
         loss, logs, look = self.stage.w_mse * distance, {"consistency": distance.detach()}, None
         if self.discriminator is not None:
-            look, fake = self._look(batch, draws, conditioning, pair)
-            self.discriminator.requires_grad_(False)  # the generator's loss must leave no gradient in the critic
-            logits = self.discriminator(fake, look.t, conditioning, look.origin)
+            look, logits = self._look(self.discriminator, batch, draws, conditioning, pair)
             deceit = adversarial.generator_loss(self.config.adversarial.backend, logits).mean()
             loss, logs["adversarial"] = loss + self.stage.w_adv * deceit, deceit.detach()
         return StepOutput(loss=loss, logs=logs, look=look)
 
     def critic_loss(self, look: Look) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The discriminator's loss, one pass over real and fake: scalar, with gradient to it alone."""
-        assert self.discriminator is not None
-        assert self.critic is not None
-        for parameter in self.discriminator.trainable_parameters():
-            parameter.requires_grad_(True)
-        conditioning, origin = look.conditioning.rows(_twice(look.t)), look.origin
-        if origin is not None:
-            origin = (torch.cat([origin[0]] * 2), torch.cat([origin[1]] * 2))
-        logits = self.critic(torch.cat([look.real, look.fake]), torch.cat([look.t, look.t]), conditioning, origin)
+        """The discriminator's loss on real and fake: scalar, with gradient to it alone.
+
+        Call it after the student's backward pass: it lets the discriminator's weights take gradients again.
+        """
+        critic = self.discriminator
+        assert critic is not None
+        critic.learn(True)
+        if look.seen:
+            real_features = critic.features(look.real, look.t, look.conditioning)
+            both = tuple(torch.cat(maps) for maps in zip(real_features, look.seen, strict=True))
+            logits = critic.logits(both, look.begun)
+        else:
+            twice = torch.arange(len(look.t), device=look.t.device).repeat(2)
+            x, conditioning = torch.cat([look.real, look.fake]), look.conditioning.rows(twice)
+            logits = critic(x, look.t[twice], conditioning, look.origin)
         real, fake = zip(*(part.chunk(2) for part in logits), strict=True)
         loss = adversarial.critic_loss(self.config.adversarial.backend, real, fake).mean()
         right = torch.stack([(r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake, strict=True)])
@@ -146,36 +154,41 @@ class DistillStep:
             return self.networks.frozen(Role.BASE, x, t, conditioning)
         return self.networks.frozen(Role.BASE, x, t, conditioning, guidance=draws.guidance, empty=self.empty)
 
-    def _look(self, batch: Batch, draws: Draws, conditioning: Conditioning, pair: Pair) -> tuple[Look, torch.Tensor]:
-        """What critic and generator look at, diffused from t_end to `critic_t`; and the fake again, with gradient."""
-        end, seen = _level(self.grid.alphas[pair.indices.end]), _level(self.alphas[draws.critic_t])
-        fake = adversarial.renoise(pair.student, end, seen, draws.critic_noise)
-        settings = self.config.adversarial
+    def _look(
+        self, critic: Discriminator, batch: Batch, draws: Draws, conditioning: Conditioning, pair: Pair
+    ) -> tuple[Look, tuple[torch.Tensor, ...]]:
+        """What critic and student look at, diffused from t_end to `critic_t`; and the logits of the fake, with gradient
+        to the student: the critic's weights take none until `critic_loss`."""
+        end, seen_at = _level(self.grid.alphas[pair.indices.end]), _level(self.alphas[draws.critic_t])
+        fake = adversarial.renoise(pair.student, end, seen_at, draws.critic_noise)
+        settings, t = self.config.adversarial, draws.critic_t
         with torch.no_grad():
             if settings.real is Real.DATA:
-                real = add_noise(batch.latents, draws.data_noise, seen)
+                real = add_noise(batch.latents, draws.data_noise, seen_at)
             else:
                 clean = pair.target if settings.real is Real.TARGET else self._solve(draws, conditioning, pair)
-                real = adversarial.renoise(clean, end, seen, draws.critic_noise)
+                real = adversarial.renoise(clean, end, seen_at, draws.critic_noise)
         origin = (pair.x_start, self.grid.timesteps[pair.indices.start]) if settings.conditional else None
-        look = Look(fake=fake.detach(), real=real, t=draws.critic_t, conditioning=conditioning, origin=origin)
-        return look, fake
+        critic.learn(False)
+        features = critic.features(fake, t, conditioning)
+        begun = None if origin is None else critic.features(*origin, conditioning)
+        look = Look(fake=fake.detach(), real=real, t=t, conditioning=conditioning, origin=origin)
+        if settings.backend is Backend.FROZEN:
+            look = dataclasses.replace(look, seen=tuple(map_.detach() for map_ in features), begun=begun)
+        return look, critic.logits(features, begun)
 
     def _solve(self, draws: Draws, conditioning: Conditioning, pair: Pair) -> torch.Tensor:
         """The teacher's solution from t_n to t_end in `teacher_steps` DDIM steps: sharp, and on its path."""
         count = self.config.adversarial.teacher_steps
         start, end = self.grid.timesteps[pair.indices.start], self.grid.timesteps[pair.indices.end]
-        x = pair.x_start
+        x, out = pair.x_start, pair.taught  # the first step's output is the consistency target's too
         for step in range(count):
             t, to = (start + (end - start) * i // count for i in (step, step + 1))
-            out = self._teach(x, t, draws, conditioning)
+            if step > 0:
+                out = self._teach(x, t, draws, conditioning)
             x = psi(x, out, _level(self.alphas[t]), _level(self.alphas[to]), self.networks.prediction_type)
         return x
 
 
 def _level(values: torch.Tensor) -> torch.Tensor:
     return values.view(-1, 1, 1, 1)
-
-
-def _twice(t: torch.Tensor) -> Any:
-    return torch.arange(len(t), device=t.device).repeat(2)

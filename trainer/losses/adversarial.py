@@ -26,7 +26,7 @@ def critic_loss(backend: Backend, real: Sequence[torch.Tensor], fake: Sequence[t
 
 
 def generator_loss(backend: Backend, fake: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What the student minimises, per sample [B]: relu(1 − fake), as PCM's code (it pushes up to a logit of 1, where the
+    """What the student minimises, per sample [B]: relu(1 − fake), as PCM's code (it pushes up to a logit of 1; the
     usual −fake never ends), or −log p(fake) = softplus(−fake)."""
     if backend is Backend.FROZEN:
         return _mean(fake, lambda logit: F.relu(1 - logit))
@@ -40,9 +40,9 @@ def _mean(logits: Sequence[torch.Tensor], loss: Callable[[torch.Tensor], torch.T
 def renoise(x: torch.Tensor, a_from: torch.Tensor, a_to: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Diffuse x [B, …] from level `a_from` to a level `a_to` <= `a_from`; x itself, bit for bit, where they are equal.
 
-    x' = sqrt(r) x + sqrt(1 − r) noise with r = a_to / a_from: the forward process (arXiv 2006.11239 eq. 2, composed), so
-    a sample of the marginal at `a_from` becomes one of the marginal at `a_to`. Levels are alphas_cumprod values, [B] or
-    of a shape that broadcasts to x; r is computed in their dtype, the result is of x's. `a_to` > `a_from` gives NaN.
+    x' = sqrt(r) x + sqrt(1 − r) noise with r = a_to / a_from: the forward process (arXiv 2006.11239 eq. 2, composed),
+    so a sample of the marginal at `a_from` becomes one of the marginal at `a_to`. Levels are alphas_cumprod values, [B]
+    or of a shape that broadcasts to x; r is computed in their dtype, the result is of x's. `a_to` > `a_from` gives NaN.
     """
     ratio = (a_to / a_from).view(-1, *[1] * (x.ndim - 1)) if a_to.ndim == 1 else a_to / a_from
     return ratio.sqrt().to(x.dtype) * x + (1 - ratio).sqrt().to(x.dtype) * noise

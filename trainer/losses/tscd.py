@@ -92,10 +92,11 @@ def draw_indices(count: int, grid: Grid, end: End, generator: torch.Generator) -
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The two sides of eq. 12 and where they come from: `x_start` at the start index, `student` (with gradient) and
-    `target` (without) at the end index; all [B, C, h, w]."""
+    """The two sides of eq. 12 and where they come from: `x_start` at the start index and the teacher's output there,
+    `student` (with gradient) and `target` (without) at the end index; all [B, C, h, w]."""
 
     x_start: torch.Tensor
+    taught: torch.Tensor
     student: torch.Tensor
     target: torch.Tensor
     indices: Indices
@@ -126,11 +127,13 @@ def consistency_pair(
 
     x_start = add_noise(x0, noise, _level(grid.alphas[start], x0))
     with torch.no_grad():
-        goal = move(teacher, x_start, start, previous, everyone)
+        taught = teacher(x_start, grid.timesteps[start], everyone)
+        levels = _level(grid.alphas[start], x0), _level(grid.alphas[previous], x0)
+        goal = psi(x_start, taught, *levels, prediction_type)
         unfinished = torch.nonzero(end < previous if boundary is Boundary.DDIM else previous > 0).flatten()
         if len(unfinished):
             goal = goal.index_copy(0, unfinished, arrive(target, goal[unfinished], previous[unfinished], unfinished))
-    return Pair(x_start, arrive(student, x_start, start, everyone), goal, indices)
+    return Pair(x_start, taught, arrive(student, x_start, start, everyone), goal, indices)
 
 
 def psi(

@@ -20,6 +20,7 @@ class PretrainConfig:
         default_factory=lambda: Schedule(steps=2400, lr=2e-3, cooldown=1000, weight_decay=0.0, ema_decay=0.998)
     )
     clip_batch: int = 128
+    clip_concepts: int = 24
     clip: Schedule = field(
         default_factory=lambda: Schedule(steps=750, lr=1e-3, cooldown=200, weight_decay=0.1, ema_decay=0.995)
     )

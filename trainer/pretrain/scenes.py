@@ -111,10 +111,18 @@ def _affine(count: int, ranges: Placement, generator: torch.Generator) -> torch.
 
 
 def scene_batches(
-    renderer: SceneRenderer, allowed: np.ndarray, batch: int, seed: int
+    renderer: SceneRenderer, allowed: np.ndarray, batch: int, seed: int, *, concepts: int = 0
 ) -> Iterator[tuple[SceneSpec, torch.Tensor]]:
-    """Endless batches of (spec, pictures), a function of the seed alone."""
+    """Endless batches of (spec, pictures), a function of the seed alone.
+
+    With `concepts`, each batch is of so many concepts alone, drawn anew for each.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
-        spec = draw_specs(batch, allowed, generator)
+        among = allowed
+        if concepts:
+            among = np.zeros_like(allowed)
+            picked = torch.randperm(len(allowed), generator=generator)[:concepts].numpy()
+            among[picked] = allowed[picked]
+        spec = draw_specs(batch, among, generator)
         yield spec, renderer(spec, generator)

@@ -91,6 +91,7 @@ class Pretraining:
             return clip.train_clip(
                 model, tokenizer, self.renderer, self.allowed, self.config.clip, batch=self.config.clip_batch,
                 seed=self.config.seed + 2 + saved_step(state), state=state, ema=ema,
+                concepts=self.config.clip_concepts,
             )  # fmt: skip
 
         return self._stage("clip", clip.new_clip(tokenizer), self.config.clip, steps, lambda _: {})
