@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.metrics import unit
 from trainer.ema import Ema
 from trainer.pretrain.clip import new_clip, tokenize, train_clip
 from trainer.pretrain.concepts import BACKGROUNDS, CONCEPTS, STYLES, caption
@@ -26,10 +27,10 @@ TEXT: dict[str, Any] = {
     "max_position_embeddings": 32, "hidden_act": "gelu", "projection_dim": 96,
 }  # fmt: skip
 VISION: dict[str, Any] = {
-    "hidden_size": 144, "intermediate_size": 576, "num_hidden_layers": 5, "num_attention_heads": 6,
-    "image_size": 32, "patch_size": 4, "hidden_act": "gelu", "projection_dim": 96,
+    "hidden_size": 208, "intermediate_size": 624, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "image_size": 32, "patch_size": 8, "hidden_act": "gelu", "projection_dim": 96,
 }  # fmt: skip
-SCHEDULE = Schedule(steps=3000, lr=1e-3, warmup=100, cooldown=900, weight_decay=0.1, ema_decay=0.995)
+SCHEDULE = Schedule(steps=2200, lr=1e-3, warmup=100, cooldown=800, weight_decay=0.1, ema_decay=0.995)
 BATCH = 192
 WEIGHTS = Path(__file__).parent / "judge_weights"
 
@@ -51,7 +52,10 @@ def train_judge(tokenizer: Any, out: Path, schedule: Schedule = SCHEDULE) -> Ite
 
 
 class Judge:
-    """Unit features of pictures and captions, float64 [N, 96]."""
+    """Features of pictures and captions, float64 [N, 96], every row of length √96.
+
+    Cosines do not see the length; FD and KID do, and at this one x·y/D, KID's argument, is the cosine.
+    """
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
         from transformers import CLIPModel, CLIPTokenizer
@@ -63,18 +67,18 @@ class Judge:
     def pictures(self, pictures: torch.Tensor) -> np.ndarray:
         """Features of pictures in [-1, 1], float32 [N, 3, 32, 32]."""
         parts = [self.model.get_image_features(pixel_values=p).pooler_output for p in torch.split(pictures, 256)]
-        return _unit(parts)
+        return _scaled(parts)
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> np.ndarray:
         """Features of captions."""
         ids = tokenize(self.tokenizer, captions)
-        return _unit([self.model.get_text_features(input_ids=p).pooler_output for p in torch.split(ids, 256)])
+        return _scaled([self.model.get_text_features(input_ids=p).pooler_output for p in torch.split(ids, 256)])
 
 
-def _unit(parts: list[torch.Tensor]) -> np.ndarray:
+def _scaled(parts: list[torch.Tensor]) -> np.ndarray:
     features: np.ndarray = torch.cat(parts).double().numpy()
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
+    return unit(features) * np.sqrt(features.shape[1])
 
 
 def candidates(concept: int, style: int, background: int, rng: np.random.Generator) -> list[str]:

@@ -1,0 +1,215 @@
+"""The arithmetic behind the tables of `benchmarks.distilled`: estimates, rows, and Markdown. NumPy alone.
+
+The unit that is resampled is the prompt, with all that was drawn for it (the contestant's picture and the teacher's),
+and every estimate resamples the same prompts in the same rounds. So estimates can be averaged over training seeds and
+subtracted from each other round by round, which makes the comparison of two rows a paired one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from benchmarks.metrics import clip_scores, diversity, frechet_distance, retrieved
+
+Array = np.ndarray
+ROUNDS = 1000
+METRICS = {
+    "clip_score": ("CLIP score of the judge, higher is better", 1.0, 1),
+    "fd_t": ("FD-T, lower is better", 1.0, 3),
+    "kid_t": ("KID-T × 1000, lower is better", 1000.0, 2),
+    "diversity": ("Diversity × 100, nearer to the teacher's 25 steps is better", 100.0, 1),
+    "retrieval_top1": ("Own caption nearest of 100, in %, higher is better", 100.0, 1),
+}
+"""By key: heading, factor and decimals in Markdown; JSON has the plain values."""
+HIGHER = {"clip_score", "retrieval_top1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure and its bootstrap replicates [rounds], shifted so that their mean is the figure.
+
+    The shift is ours: FD is biased for few samples and a resample repeats some, so its replicates lie above the figure
+    itself. All cells have the same count and so the same bias, and what is wanted is how far the figure scatters.
+    """
+
+    value: float
+    replicates: Array
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %: the percentiles 2.5 and 97.5 of the replicates."""
+        low, high = np.percentile(self.replicates, [2.5, 97.5])
+        return float(low), float(high)
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        return Estimate(self.value - other.value, self.replicates - other.replicates)
+
+    def __neg__(self) -> "Estimate":
+        return Estimate(-self.value, -self.replicates)
+
+    def __abs__(self) -> "Estimate":
+        return Estimate(abs(self.value), np.abs(self.replicates))
+
+
+def estimate(statistic: Callable[[Array], float], count: int, *, rounds: int = ROUNDS, seed: int = 0) -> Estimate:
+    """`statistic(rows)` of all rows 0 … count − 1, and of `rounds` resamples of them with replacement (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    replicates = np.array([statistic(rng.integers(count, size=count)) for _ in range(rounds)])
+    value = float(statistic(np.arange(count)))
+    return Estimate(value, replicates - replicates.mean() + value)
+
+
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean over training seeds: of the figures, and of the replicates round by round."""
+    return Estimate(
+        float(np.mean([e.value for e in estimates])), np.mean([e.replicates for e in estimates], axis=0)
+    )  # fmt: skip
+
+
+def paired_kid(a: Array, b: Array) -> Callable[[Array], float]:
+    """rows → KID of a[rows] and b[rows] [N, D], whose rows belong to the same prompts; the kernels are computed once.
+
+    `metrics.kid`'s cubic kernel; the pairs of one prompt are left out between the sets too: Gretton et al. 2012, eq. 4.
+    `metrics.kid` wants independent sets. With common prompts it comes out too small by 2/N times the difference between
+    the kernel of a prompt's own two pictures and that of any two, about as much as the floor scatters.
+    """
+    dim, n = a.shape[1], len(a)
+    within, between = ((a @ a.T / dim + 1) ** 3 + (b @ b.T / dim + 1) ** 3), (a @ b.T / dim + 1) ** 3
+    kernel = within - between - between.T
+    diagonal = np.diag(kernel).copy()
+
+    def statistic(rows: Array) -> float:
+        times = np.bincount(rows, minlength=n).astype(np.float64)
+        return float(times @ kernel @ times - times @ diagonal) / (len(rows) * (len(rows) - 1))
+
+    return statistic
+
+
+def measure(
+    features: Array, reference: Array, captions: Array, choices: Array, varied: Array, *, rounds: int = ROUNDS
+) -> dict[str, Estimate]:
+    """All figures of one cell from the judge's features: of its pictures and of the teacher's for the same prompts
+    [N, D], of the captions [N, D] and their candidates [N, K, D], the right one first; of P prompts in S pictures each
+    [P, S, D].
+    """
+    scores, hits = clip_scores(features, captions), retrieved(features, choices).astype(np.float64)
+    spread, count = diversity(varied), len(features)
+    return {
+        "clip_score": estimate(lambda rows: float(scores[rows].mean()), count, rounds=rounds),
+        "fd_t": estimate(lambda rows: frechet_distance(features[rows], reference[rows]), count, rounds=rounds),
+        "kid_t": estimate(paired_kid(features, reference), count, rounds=rounds),
+        "diversity": estimate(lambda rows: float(spread[rows].mean()), len(spread), rounds=rounds),
+        "retrieval_top1": estimate(lambda rows: float(hits[rows].mean()), count, rounds=rounds),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """A row at one step count: the figures of each training seed, and the student updates behind it."""
+
+    updates: int
+    seeds: tuple[int, ...]
+    figures: tuple[Mapping[str, Estimate], ...]
+
+    def mean(self, metric: str) -> Estimate:
+        """Over the training seeds."""
+        return mean_of([figures[metric] for figures in self.figures])
+
+    def spread(self, metric: str) -> float | None:
+        """Sample standard deviation over the training seeds, None for one."""
+        values = [figures[metric].value for figures in self.figures]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures with intervals; with several training seeds also the figure of each, and their spread."""
+        data: dict[str, Any] = {"updates": self.updates, "training_seeds": list(self.seeds)}
+        for metric in METRICS:
+            mean = self.mean(metric)
+            low, high = mean.interval
+            data[metric] = {"value": mean.value, "low": low, "high": high}
+            if len(self.seeds) > 1:
+                each = [figures[metric].value for figures in self.figures]
+                data[metric] |= {"spread": self.spread(metric), "each": each}
+        return data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A contestant's cells by step count; `trained` is False for the teacher's rows, which compete with nobody."""
+
+    label: str
+    cells: Mapping[int, Cell] = field(default_factory=dict)
+    trained: bool = True
+
+
+def loss(metric: str, estimate: Estimate, teacher: Estimate) -> Estimate:
+    """What a good row makes small: the figure, or its negative, or for diversity its distance to the teacher's."""
+    if metric == "diversity":
+        return abs(estimate - teacher)
+    return -estimate if metric in HIGHER else estimate
+
+
+def best_and_ties(rows: Sequence[Row], steps: int, metric: str, teacher: Estimate) -> tuple[str, set[str]]:
+    """The best trained row of a column, and those whose paired difference to it has a 95 % interval with 0 in it."""
+    losses = {
+        r.label: loss(metric, r.cells[steps].mean(metric), teacher) for r in rows if r.trained and steps in r.cells
+    }
+    if not losses:
+        return "", set()
+    best = min(losses, key=lambda label: losses[label].value)
+    differences = {label: (other - losses[best]).interval for label, other in losses.items() if label != best}
+    return best, {label for label, (low, high) in differences.items() if low <= 0 <= high}
+
+
+def unequal_columns(rows: Sequence[Row]) -> list[int]:
+    """Step counts at which the trained rows do not all have the same number of student updates."""
+    updates: dict[int, set[int]] = {}
+    for row in rows:
+        for steps, cell in row.cells.items() if row.trained else ():
+            updates.setdefault(steps, set()).add(cell.updates)
+    return sorted(steps for steps, counts in updates.items() if len(counts) > 1)
+
+
+def markdown(rows: Sequence[Row], teacher: Cell) -> str:
+    """One Markdown table per metric; `teacher` is the cell of its 25 steps, shown in every column."""
+    columns = sorted({steps for row in rows for steps in row.cells}, reverse=True)
+    first = Row(label="teacher, 25 steps", cells=dict.fromkeys(columns, teacher), trained=False)
+    parts = []
+    for metric, (heading, _, _) in METRICS.items():
+        marks = {steps: best_and_ties(rows, steps, metric, teacher.mean(metric)) for steps in columns}
+        lines = [f"| | updates | {' | '.join(_steps(c) for c in columns)} |", "|---" * (len(columns) + 2) + "|"]
+        for row in (first, *rows):
+            cells = [_cell(row, steps, metric, *marks[steps]) for steps in columns]
+            lines.append(f"| {row.label} | {_updates(row, columns)} | {' | '.join(cells)} |")
+        parts.append(f"**{heading}**\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count > 1)}"
+
+
+def _updates(row: Row, columns: Sequence[int]) -> str:
+    if not row.trained:
+        return ""
+    counts = [row.cells[steps].updates for steps in columns if steps in row.cells]
+    return " · ".join(f"{count:,}" for count in (counts[:1] if len(set(counts)) == 1 else counts))
+
+
+def _cell(row: Row, steps: int, metric: str, best: str, ties: set[str]) -> str:
+    """`**63.1** [62.4, 63.8]`: bold is the best, † not told apart from it; `± 0.3 (3)` over three training seeds."""
+    if steps not in row.cells:
+        return ""
+    cell, (_, factor, digits) = row.cells[steps], METRICS[metric]
+    mean, spread = cell.mean(metric), cell.spread(metric)
+    low, high = (f"{factor * bound:.{digits}f}" for bound in mean.interval)
+    text = f"{factor * mean.value:.{digits}f}"
+    if row.trained and row.label == best:
+        text = f"**{text}**"
+    elif row.trained and row.label in ties:
+        text += "†"
+    if spread is not None:
+        text += f" ± {factor * spread:.{digits}f} ({len(cell.seeds)})"
+    return f"{text} [{low}, {high}]"
