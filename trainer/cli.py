@@ -4,21 +4,20 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hypersd_export.errors import HypersdError, MissingBackend, tolerate_any_text
+from hypersd_export.errors import HypersdError, MissingBackend, OptionError, tolerate_any_text
+
+if TYPE_CHECKING:
+    from trainer.distill.config import DistillConfig
+    from trainer.distill.run import Progress
 
 app = typer.Typer(
     name="hypersd-train", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Train the built-in model, and distil few-step LoRAs from a teacher.",
 )  # fmt: skip
-
-
-@app.callback()
-def _root() -> None:
-    """Keeps `pretrain` a subcommand while it is the only one."""
 
 
 @app.command()
@@ -45,6 +44,126 @@ def pretrain(
         _pretrain(config, out, tuple(stage or ()), resume)
 
 
+_Out = Annotated[Path | None, typer.Option(help="Folder of the run: LoRAs, checkpoints, log. Not for --dry-run.")]
+_Recipe = Annotated[str, typer.Option(help="builtin, sd15 or sdxl: the settings that --set changes.")]
+_Base = Annotated[str, typer.Option(help="builtin, a diffusers folder, a single file or a hub id; default: recipe's.")]
+_Data = Annotated[str, typer.Option(help="builtin, an image folder, a dataset or a pattern of shards.")]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, e.g. stages.0.steps=100 or guidance=[3,5] (repeatable).")
+]
+_Resume = Annotated[
+    str, typer.Option(help="latest: go on, or begin; never: refuse a folder with a run; or a checkpoint's path.")
+]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print configuration, parameters, passes and memory as JSON, and stop.")
+]
+
+
+@app.command()
+def distill(
+    method: Annotated[str, typer.Option(help="tscd, tcd, lcm or pcm.")] = "tscd", recipe: _Recipe = "builtin",
+    base: _Base = "", data: _Data = "", assignments: _Set = None, out: _Out = None,
+    resume: _Resume = "latest", dry_run: _DryRun = False,
+) -> None:  # fmt: skip
+    """Distil a base model into few-step LoRAs; one for each stage of the method."""
+    _require("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+    config = _distill_config(method, recipe, base, data, assignments or [])
+    if dry_run:
+        from trainer.distill.memory import dry_run as rehearse
+
+        typer.echo(json.dumps(rehearse(config), indent=1))
+        return
+    if out is None:
+        raise OptionError("--out is missing: name the folder of the run (only --dry-run goes without)")
+    _distill(config, out, resume)
+
+
+@app.command()
+def tscd(
+    recipe: _Recipe = "builtin", base: _Base = "", data: _Data = "", assignments: _Set = None,
+    out: _Out = None, resume: _Resume = "latest", dry_run: _DryRun = False,
+) -> None:  # fmt: skip
+    """Short for `distill --method tscd`: stages of 8, 4, 2 and 1 segments, a LoRA each."""
+    distill("tscd", recipe, base, data, assignments, out, resume, dry_run)
+
+
+def _distill_config(method: str, recipe: str, base: str, data: str, assignments: list[str]) -> "DistillConfig":
+    """The recipe by this method, then --set, then --base and --data."""
+    from dataclasses import replace
+
+    from trainer.config import override
+    from trainer.distill.config import recipe as named
+    from trainer.distill.config import with_method
+
+    if any(assignment.partition("=")[0] == "method" for assignment in assignments):
+        raise OptionError("--set method=…: only names the method and does not set its losses; use --method")
+    config = override(with_method(named(recipe), method), assignments)
+    if base:
+        config = replace(config, base=base)
+    return replace(config, data=replace(config.data, source=data)) if data else config
+
+
+def _distill(config: "DistillConfig", out: Path, resume: str) -> None:
+    from trainer.config import as_json
+    from trainer.distill.run import Distillation
+
+    distillation = Distillation(config, out, resume=resume, say=typer.echo)
+    if not distillation.is_main:
+        for _ in distillation.run():
+            pass
+        return
+    typer.echo(json.dumps(as_json(config)))
+    if sys.stdout.isatty():
+        _with_bar(distillation.run())
+    else:
+        _in_lines(distillation.run())
+    typer.echo(f"done: the LoRAs are in {out}")
+
+
+def _in_lines(run: Any) -> None:
+    """A line every 50 steps, at each stage's end and for each validation: for logs and pipes."""
+    for progress in run:
+        last = progress.result.step + 1 == progress.of_steps
+        if last or progress.result.step % 50 == 49 or progress.figures:
+            typer.echo(f"{_place(progress)} lr {progress.result.lr:.2e} {_figures(progress)} {_seconds(progress)}")
+        if progress.wrote:
+            typer.echo(f"wrote {progress.wrote}")
+
+
+def _with_bar(run: Any) -> None:
+    """The same on a terminal: a bar for the stage at work."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns) as bar:
+        task, stage = None, 0
+        for progress in run:
+            if task is None or progress.number != stage:
+                stage, name = progress.number, f"stage {progress.number}/{progress.stages} k={progress.segments}"
+                task = bar.add_task(name, total=progress.of_steps, completed=progress.result.step, figures="")
+            bar.update(task, completed=progress.result.step + 1, figures=_figures(progress))
+            if progress.wrote:
+                bar.console.print(f"wrote {progress.wrote}", markup=False, highlight=False)
+
+
+def _place(progress: "Progress") -> str:
+    return (
+        f"stage {progress.number}/{progress.stages} k={progress.segments} "
+        f"step {progress.result.step + 1}/{progress.of_steps}"
+    )
+
+
+def _figures(progress: "Progress") -> str:
+    return " ".join(f"{name} {value:.4g}" for name, value in {**progress.result.logs, **progress.figures}.items())
+
+
+def _seconds(progress: "Progress") -> str:
+    return f"{progress.result.seconds:.0f} s"
+
+
 def _require(*packages: str) -> None:
     """MissingBackend, naming the extra, for the first package that is not installed."""
     for package in packages:
@@ -53,7 +172,6 @@ def _require(*packages: str) -> None:
 
 
 def _pretrain(config: object, out: Path, stages: tuple[str, ...], resume: str) -> None:
-    from hypersd_export.errors import OptionError
     from trainer.pretrain.recipe import PretrainConfig
     from trainer.pretrain.stages import STAGES, Pretraining
 
@@ -89,3 +207,7 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("stopped; run the same command again to go on", err=True)
         sys.exit(130)
+
+
+if __name__ == "__main__":  # accelerate launch -m trainer.cli
+    main()
