@@ -18,6 +18,7 @@ from hypersd_export.errors import LoraError
 from hypersd_export.model.lora import ADAPTER_METADATA, BASE_KEY, Delta, first, read_lora, save_kohya
 from trainer.distill.config import LoraConfig
 from trainer.distill.networks import Networks, Role
+from trainer.distill.snapshot import writing
 
 BASE_NAME_KEY = "hypersd.base_name"
 RECIPE_KEY = "hypersd.recipe"
@@ -72,10 +73,8 @@ def _save_diffusers(
             tensors[f"unet.{name}.{end}.weight"] = tensor.to("cpu", dtype, copy=True).contiguous()
     adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.modules), "peft_type": "LORA"}
     stated = json.dumps({f"unet.{key}": value for key, value in adapter.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"format": "pt", ADAPTER_METADATA: stated, **origin.metadata()})
-    partial.replace(path)
+    with writing(path) as partial:
+        save_file(tensors, partial, {"format": "pt", ADAPTER_METADATA: stated, **origin.metadata()})
 
 
 @torch.no_grad()
