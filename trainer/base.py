@@ -218,6 +218,23 @@ def open_training_base(name: str) -> TrainingBase:
     )  # fmt: skip
 
 
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json with the defaults of the class that it names, or DDIMScheduler's, for what it omits."""
+    name = str(config.get("_class_name", ""))
+    solver = next((solver for solver, known in SOLVER_CLASSES.items() if known == name), Solver.DDIM)
+    return {**CLASS_DEFAULTS[solver], **{key: value for key, value in config.items() if value is not None}}
+
+
+def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The training schedule of a scheduler_config.json; ValueError or PlanError for a value that is none."""
+    values = _stated(config)
+    return NoiseSchedule(
+        num_train_timesteps=values["num_train_timesteps"], beta_start=values["beta_start"],
+        beta_end=values["beta_end"], beta_schedule=BetaSchedule(values["beta_schedule"]),
+        rescale_betas_zero_snr=bool(values["rescale_betas_zero_snr"]),
+    )  # fmt: skip
+
+
 def noise_schedule(config: Mapping[str, Any], name: str) -> tuple[torch.Tensor, PredictionType]:
     """(alphas_cumprod float64 [T], prediction type) that a scheduler_config.json trains with.
 
@@ -228,16 +245,9 @@ def noise_schedule(config: Mapping[str, Any], name: str) -> tuple[torch.Tensor, 
     if class_name.startswith(("FlowMatch", "EDM")) or config.get("trained_betas") is not None:
         what = "trained_betas" if config.get("trained_betas") is not None else class_name
         raise ModelError(f"{name}: its schedule ({what}) is not a beta schedule of diffusers; pass another base")
-    solver = next((solver for solver, known in SOLVER_CLASSES.items() if known == class_name), None)
-    values = dict(CLASS_DEFAULTS[solver or Solver.DDIM])
-    values |= {key: value for key, value in config.items() if value is not None}
     try:
-        prediction_type = PredictionType(values["prediction_type"])
-        schedule = NoiseSchedule(
-            num_train_timesteps=values["num_train_timesteps"], beta_start=values["beta_start"],
-            beta_end=values["beta_end"], beta_schedule=BetaSchedule(values["beta_schedule"]),
-            rescale_betas_zero_snr=bool(values["rescale_betas_zero_snr"]),
-        )  # fmt: skip
+        prediction_type = PredictionType(_stated(config)["prediction_type"])
+        schedule = schedule_of(config)
     except (ValueError, PlanError) as e:
         raise ModelError(f"{name}: its scheduler_config.json cannot be used ({_line(e)}); pass another base") from e
     return torch.tensor(schedule.alphas_cumprod(), dtype=torch.float64), prediction_type

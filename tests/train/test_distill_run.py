@@ -15,11 +15,12 @@ from hypersd_export.diffusion import GuidanceKind, NoiseSchedule, PredictionType
 from hypersd_export.errors import DataError, MissingBackend, OptionError
 from hypersd_export.model.lora import read_lora
 from tests.train.small_run import STEPS, RandomSource, finish, log, opened, small_config, start
+from trainer.base import schedule_of
 from trainer.distill.config import METHODS, Real, StageConfig, builtin, recipe, sd15, with_method
 from trainer.distill.engine import Share, make_optimizer
 from trainer.distill.loop import learning_rate
 from trainer.distill.memory import dry_run, passes, target_share
-from trainer.distill.plans import plans_for, schedule_of
+from trainer.distill.plans import plans_for
 from trainer.distill.run import lora_name
 from trainer.distill.state import collect
 

@@ -1,11 +1,8 @@
 """Which plans a stage's LoRA carries: how it is meant to be sampled, the default first."""
 
-from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from hypersd_export.diffusion import FewStepPlan, Guidance, NoiseSchedule, PredictionType, Solver, grid_timesteps
-from hypersd_export.diffusion.scheduler_config import CLASS_DEFAULTS, SOLVER_CLASSES
 from trainer.distill.config import DistillConfig, StageConfig
 
 UNIFIED_TSCD = (1, 2, 4, 8)
@@ -49,11 +46,3 @@ def _timesteps(count: int, points: int, total: int) -> tuple[int, ...] | None:
         return None
     grid = grid_timesteps(points, total)
     return tuple(int(grid[points - points * step // count]) for step in range(count))
-
-
-def schedule_of(scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
-    """The training schedule of a scheduler_config.json, as `trainer.base.noise_schedule` reads it."""
-    name = scheduler_config.get("_class_name")
-    solver = next((solver for solver, known in SOLVER_CLASSES.items() if known == name), Solver.DDIM)
-    values = {**CLASS_DEFAULTS[solver], **{k: v for k, v in scheduler_config.items() if v is not None}}
-    return NoiseSchedule(**{each.name: values[each.name] for each in fields(NoiseSchedule)})

@@ -24,7 +24,7 @@ from trainer.distill.logs import JsonLog, check_log_with, log_grid, start_tracke
 from trainer.distill.loop import StageLoop, StepResult
 from trainer.distill.lora_file import Origin, save_student
 from trainer.distill.networks import Networks
-from trainer.distill.plans import plans_for, schedule_of
+from trainer.distill.plans import plans_for
 from trainer.distill.resume import open_run, write_run
 from trainer.distill.snapshot import Place, Snapshot, disk, save_snapshot, set_aside_newer, writing
 from trainer.distill.state import Gathered, collect, restore, restore_networks
@@ -238,6 +238,8 @@ class Distillation:
 
     def _plans(self, stage: StageConfig) -> list[Any]:
         base = self._base
+        from trainer.base import schedule_of
+
         schedule = schedule_of(base.model.scheduler_config)
         return list(plans_for(self.config, stage, schedule=schedule, prediction_type=base.prediction_type))
 
