@@ -112,7 +112,8 @@ def _refuse_impostor(path: Path, start: bytes, size: int, error: type[HypersdErr
         raise error(f"{path}: a git-LFS pointer of {size} bytes, not the weights; run `git lfs pull` in its folder")
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise error(f"{path}: an HTML page, not weights; download the file itself (the `resolve` link, not `blob`)")
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    json_follows = start[8:9] == b"{"  # safetensors: its header's length comes first and may begin as a pickle does
+    if not json_follows and start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise error(f"{path}: a pickle under another name; {convert_hint(path)}")
     if start.startswith(b"GGUF"):
         raise error(f"{path}: a GGUF file, which is quantised; pass the original safetensors")

@@ -150,19 +150,19 @@ def test_renoise_to_the_same_level_is_the_identity_and_to_zero_signal_is_the_noi
     assert torch.equal(renoise(x, a, a * 0.5, noise), renoise(x, a.view(5, 1, 1, 1), a.view(5, 1, 1, 1) * 0.5, noise))
 
 
-@pytest.mark.parametrize(("points", "segments"), [(40, 8), (50, 1), (9, 3)])
-def test_critic_timesteps_cover_a_segments_length_from_the_end_and_stop_at_the_top(points, segments):
+@pytest.mark.parametrize(("points", "segments", "reach"), [(40, 8, 1.0), (50, 1, 1.0), (9, 3, 1.0), (10, 1, 0.2)])
+def test_critic_timesteps_cover_a_segments_length_from_the_end_and_stop_at_the_top(points, segments, reach):
     grid = Grid.of(_alphas(), points=points, segments=segments)
     generator = torch.Generator().manual_seed(0)
     low, high = [], []
     for index in range(points):
         ends = torch.full((20_000,), index)
-        s = draw_critic_timesteps(Indices(ends + 1, ends), grid, generator)
+        s = draw_critic_timesteps(Indices(ends + 1, ends), grid, generator, reach)
         assert s.dtype == torch.int64
         low.append(int(s.min()) - int(grid.timesteps[index]))
         high.append(int(s.max()) - int(grid.timesteps[index]) + 1)
         assert int(s.max()) <= 999
-        width = min(1000 // segments, 1000 - int(grid.timesteps[index]))
+        width = min(round(reach * 1000 / segments), 1000 - int(grid.timesteps[index]))
         # uniform: mean and spread of a discrete uniform of this width
         spread = math.sqrt((width**2 - 1) / 12)
         assert abs(float((s - grid.timesteps[index]).double().mean()) - (width - 1) / 2) < 5 * spread / math.sqrt(

@@ -264,8 +264,13 @@ def test_tensorboard_has_every_step(tiny_base, tmp_path):
 
 
 def test_learning_rate_warms_up_and_holds():
-    assert [learning_rate(1.0, 4, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert learning_rate(0.5, 0, 0) == 0.5
+    def rates(**settings: float) -> list[float]:
+        return [learning_rate(1.0, step, **{"steps": 6, "warmup": 0, "cooldown": 0.0, **settings}) for step in range(6)]  # type: ignore[arg-type]
+
+    assert rates() == [1.0] * 6
+    assert rates(warmup=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates(cooldown=2 / 3) == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert rates(warmup=2, cooldown=1.0) == [0.5, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
 
 
 def test_shares_of_the_batch():

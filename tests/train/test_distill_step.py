@@ -18,6 +18,7 @@ from trainer.distill.config import (
     StageConfig,
     Teacher,
     builtin,
+    sd15,
     with_method,
 )  # fmt: skip
 from trainer.distill.networks import Role
@@ -211,7 +212,11 @@ def test_methods_are_rows_of_one_table():
             base.lora,
             base.data,
         )
-    assert [(s.segments, s.points) for s in base.stages] == [(8, 40), (4, 40), (2, 50), (1, 50)]
-    mse, adv = zip(*((s.w_mse, s.w_adv) for s in base.stages), strict=True)
-    assert sorted(mse, reverse=True) == list(mse)
-    assert sorted(adv) == list(adv)
+        grids = {stage.segments: stage.points for stage in base.stages}
+        assert [stage.points for stage in other.stages] == [grids[segments]]
+    assert [(s.segments, s.points) for s in base.stages] == [(8, 16), (4, 16), (2, 10), (1, 10)]
+    assert [(s.segments, s.points) for s in sd15().stages] == [(8, 40), (4, 40), (2, 50), (1, 50)]
+    for stages in (base.stages, sd15().stages):
+        mse, adv = zip(*((s.w_mse, s.w_adv) for s in stages), strict=True)
+        assert sorted(mse, reverse=True) == list(mse)
+        assert sorted(adv) == list(adv)

@@ -15,10 +15,8 @@ import torch
 from torch import nn
 
 from hypersd_export.diffusion import (
-    FewStepPlan,
     NoiseSchedule,
     PredictionType,
-    Solver,
     edge_timesteps,
     lower_edge,
     target_of,
@@ -27,6 +25,7 @@ from hypersd_export.diffusion import (
 )
 from hypersd_export.errors import PlanError
 from trainer.distill.config import METHODS, recipe, with_method
+from trainer.distill.plans import plans_for
 from trainer.losses.tscd import (
     Boundary,
     Distance,
@@ -432,7 +431,7 @@ def _lcm_script(x0, noise, index, student, conditional, unconditional, w):
 
 
 def test_the_lcm_boundary_is_that_of_diffusers_script():
-    config = with_method(recipe("builtin"), "lcm")
+    config = with_method(recipe("sd15"), "lcm")
     stage = config.stages[0]
     assert (stage.segments, stage.points, config.boundary, config.distance) == (1, 50, Boundary.LCM, Distance.HUBER)
     grid = _grid(1, 50)
@@ -652,14 +651,16 @@ def test_segment_edges_are_the_timesteps_of_ddim_trailing(segments, points):
 
 @pytest.mark.parametrize("name", ["builtin", "sd15", "sdxl"])
 def test_every_released_plan_steps_on_the_grid_of_its_stage(name):
-    stages = {stage.segments: stage for stage in recipe(name).stages}
-    assert sorted(stages, reverse=True) == [8, 4, 2, 1]
-    for count, stage in stages.items():
+    config = recipe(name)
+    assert [stage.segments for stage in config.stages] == [8, 4, 2, 1]
+    for stage in config.stages:
         grid = set(_grid(stage.segments, stage.points).timesteps.tolist())
-        assert set(FewStepPlan(solver=Solver.DDIM, num_steps=count).net_timesteps().tolist()) <= grid
-    last = set(_grid(1, stages[1].points).timesteps.tolist())
-    for count in (1, 2, 4, 8):  # the one LoRA for all counts, by TCD's sampler
-        assert set(FewStepPlan(solver=Solver.TCD, num_steps=count).net_timesteps().tolist()) <= last
+        plans = plans_for(config, stage, schedule=NoiseSchedule(), prediction_type=PredictionType.EPSILON)
+        counts = {8: [8], 4: [4], 2: [2], 1: [1, 2, 4, 8]}[stage.segments]  # the last LoRA serves all, by TCD's sampler
+        assert [plan.num_steps for plan in plans] == counts
+        for plan in plans:
+            assert set(plan.net_timesteps().tolist()) <= grid
+            assert plan.net_timesteps().max() == 999
 
 
 @pytest.mark.parametrize("method", METHODS)

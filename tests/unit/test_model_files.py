@@ -65,6 +65,15 @@ def test_what_is_not_safetensors_is_named(content: bytes, said: str, error: type
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_begins_as_a_pickle_does(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    head = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    path.write_bytes(struct.pack("<Q", length) + head + b"\0" * 4)
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    assert files.read_header(path).tensors["a"].shape == (1,)
+
+
 def test_truncated_and_overlong_files(tmp_path: Path) -> None:
     path = good(tmp_path / "a.safetensors")
     whole = path.read_bytes()

@@ -71,15 +71,23 @@ class AdversarialConfig:
     """The discriminator. Lightning's Adam betas; learning rates ours (PCM 1e-5 for heads, Lightning 1e-6 for copies).
 
     conditional: Lightning's D(x_t, x_s): also sees where the jump began. teacher_steps: of TEACHER_MULTISTEP.
+    reach: how far above t_end the critic looks, in segments; PCM's is 1, but little can be told under much noise.
     """
 
     backend: Backend = Backend.FROZEN
     real: Real = Real.TEACHER_MULTISTEP
     conditional: bool = False
     teacher_steps: int = 4
+    reach: float = 1.0
     lr: float = 1e-5
     betas: tuple[float, float] = (0.0, 0.99)
     head_channels: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.reach <= 1 or self.teacher_steps < 1:
+            raise OptionError(
+                f"adversarial.reach {self.reach}, teacher_steps {self.teacher_steps}: in (0, 1], and >= 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +121,7 @@ class DistillConfig:
     range not disclosed). cfg_preserved: the teacher's step is conditional only and `empty_prompts` of the captions are
     empty, so that the student keeps guidance for inference (PCM). ema_decay: of the target (paper: yes, rate not
     disclosed); 0 makes the student its own target. batch: over all processes and accumulated micro-batches.
+    warmup, cooldown: the first steps of a stage and the last share of them, in which its learning rate rises and falls.
     mixed_precision: of the passes; base_precision: of the frozen weights at rest (the LoRA is always float32).
     """
 
@@ -141,6 +150,7 @@ class DistillConfig:
     weight_decay: float = 1e-3
     clip: float = 1.0
     warmup: int = 0
+    cooldown: float = 0.0
     seed: int = 0
     save_every: int = 500
     keep: int = 2
@@ -157,6 +167,8 @@ class DistillConfig:
                 f"ema_decay {self.ema_decay}, empty_prompts {self.empty_prompts}, offset_noise {self.offset_noise}: "
                 "must be in [0, 1), [0, 1] and >= 0"
             )
+        if self.warmup < 0 or not 0 <= self.cooldown <= 1:
+            raise OptionError(f"warmup {self.warmup}, cooldown {self.cooldown}: must be >= 0, and a share in [0, 1]")
         if self.batch < 1 or (self.micro_batch and self.batch % self.micro_batch):
             raise OptionError(f"batch {self.batch}: must be a multiple of micro_batch {self.micro_batch}, at least 1")
         if self.boundary is Boundary.LCM and (self.end is not End.EDGE or any(s.segments > 1 for s in self.stages)):
@@ -169,12 +181,12 @@ class DistillConfig:
 
 
 def tscd_stages(
-    steps: tuple[int, ...], lr: float, *, mse: tuple[float, ...] = (1.0, 1.0, 0.5, 0.25),
-    adv: tuple[float, ...] = (0.0, 0.05, 0.1, 0.3),
+    steps: tuple[int, ...], lr: float, *, points: tuple[int, ...] = (40, 40, 50, 50),
+    mse: tuple[float, ...] = (1.0, 1.0, 0.5, 0.25), adv: tuple[float, ...] = (0.0, 0.05, 0.1, 0.3),
 ) -> tuple[StageConfig, ...]:  # fmt: skip
     """k = 8, 4, 2, 1 (paper). N = 40, 40, 50, 50 (ours): stages 8 and 4 lie on DDIM-trailing's timesteps, 2 and 1 on
     TCD's grid. The shift of weight from MSE to adversarial is the paper's, its figures ours."""
-    rows = zip((8, 4, 2, 1), (40, 40, 50, 50), steps, mse, adv, strict=True)
+    rows = zip((8, 4, 2, 1), points, steps, mse, adv, strict=True)
     return tuple(StageConfig(segments=k, points=n, steps=s, lr=lr, w_mse=m, w_adv=a) for k, n, s, m, a in rows)
 
 
@@ -182,13 +194,15 @@ METHODS = ("tscd", "tcd", "lcm", "pcm")
 
 
 def with_method(config: DistillConfig, method: str) -> DistillConfig:
-    """The same recipe by another method, with the same total of student updates and the first stage's learning rate.
+    """The same recipe by another method, with the same total of student updates, the first stage's learning rate, and
+    the grid of the recipe's stage with as many segments.
 
     lcm: arXiv 2310.04378 (LoRA script of diffusers: no EMA target, pseudo-Huber); tcd: arXiv 2402.19159;
     pcm: arXiv 2405.18407, 4 phases; set stages.0.segments for another count.
     """
     total, lr = sum(stage.steps for stage in config.stages), config.stages[0].lr
-    one = StageConfig(segments=1, points=50, steps=total, lr=lr)
+    points = {stage.segments: stage.points for stage in config.stages}
+    one = StageConfig(segments=1, points=points.get(1, 50), steps=total, lr=lr)
     if method == "tscd":
         return replace(config, method=method)
     if method == "tcd":
@@ -199,17 +213,18 @@ def with_method(config: DistillConfig, method: str) -> DistillConfig:
             ema_decay=0.0,
         )  # fmt: skip
     if method == "pcm":
-        return replace(
-            config, method=method, stages=(replace(one, segments=4, points=40),), distance=Distance.HUBER, end=End.EDGE
-        )
+        four = replace(one, segments=4, points=points.get(4, 40))
+        return replace(config, method=method, stages=(four,), distance=Distance.HUBER, end=End.EDGE)
     raise OptionError(f"--method {method!r} is not a method; there are: {', '.join(METHODS)}")
 
 
 def builtin() -> DistillConfig:
-    """The built-in model on two CPU cores, all ours."""
+    """The built-in model on two CPU cores, all ours. Its teacher draws as well in 8 steps as in 25 (docs/results), so a
+    coarse grid costs nothing, and what the student learns at the low end reaches the high end in fewer updates."""
+    stages = tscd_stages((300,) * 4, 5e-4, points=(16, 16, 10, 10), mse=(1.0,) * 4, adv=(0.0, 0.1, 0.2, 0.3))
     return DistillConfig(
-        method="tscd", stages=tscd_stages((500, 500, 500, 500), 5e-4), lora=LoraConfig(rank=32, alpha=32.0),
-        adversarial=AdversarialConfig(lr=5e-4), validate_every=250, weight_decay=0.0, warmup=20,
+        method="tscd", stages=stages, distance=Distance.HUBER, lora=LoraConfig(rank=32, alpha=32.0),
+        adversarial=AdversarialConfig(lr=5e-4), batch=32, validate_every=300, weight_decay=0.0, warmup=20, cooldown=0.5,
     )  # fmt: skip
 
 

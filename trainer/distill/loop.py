@@ -34,9 +34,10 @@ class StepResult:
     seconds: float
 
 
-def learning_rate(lr: float, warmup: int, step: int) -> float:
-    """Linear warm-up over `warmup` steps, then constant."""
-    return lr * min(1.0, (step + 1) / max(1, warmup))
+def learning_rate(lr: float, step: int, *, steps: int, warmup: int, cooldown: float) -> float:
+    """The rate of step `step` of `steps`: a linear rise over the first `warmup`, and a linear fall towards 0 over the
+    last share `cooldown` of them."""
+    return lr * min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1.0, cooldown * steps))
 
 
 class StageLoop:
@@ -50,9 +51,9 @@ class StageLoop:
 
     def run(self, first: int) -> Iterator[StepResult]:
         """Steps `first` to the stage's last. DataError, with nothing changed, at a step that is not finite."""
-        begin = time.monotonic()
-        for index in range(first, self.step.stage.steps):
-            lr = learning_rate(self.step.stage.lr, self.engine.config.warmup, index)
+        begin, stage, config = time.monotonic(), self.step.stage, self.engine.config
+        for index in range(first, stage.steps):
+            lr = learning_rate(stage.lr, index, steps=stage.steps, warmup=config.warmup, cooldown=config.cooldown)
             logs = self._one(index, lr)
             yield StepResult(index, logs, lr, time.monotonic() - begin)
 

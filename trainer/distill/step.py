@@ -99,7 +99,7 @@ class DistillStep:
         return Draws(
             indices=indices, noise=noise + offset, guidance=low + (high - low) * uniform[0],
             drop=uniform[1] < config.empty_prompts, critic_noise=critic_noise, data_noise=data_noise + data_offset,
-            critic_t=adversarial.draw_critic_timesteps(indices, grid, generator),
+            critic_t=adversarial.draw_critic_timesteps(indices, grid, generator, config.adversarial.reach),
         )  # fmt: skip
 
     def __call__(self, batch: Batch, draws: Draws) -> StepOutput:

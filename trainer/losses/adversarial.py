@@ -48,15 +48,17 @@ def renoise(x: torch.Tensor, a_from: torch.Tensor, a_to: torch.Tensor, noise: to
     return ratio.sqrt().to(x.dtype) * x + (1 - ratio).sqrt().to(x.dtype) * noise
 
 
-def draw_critic_timesteps(indices: Indices, grid: Grid, generator: torch.Generator) -> torch.Tensor:
+def draw_critic_timesteps(
+    indices: Indices, grid: Grid, generator: torch.Generator, reach: float = 1.0
+) -> torch.Tensor:  # fmt: skip
     """The timestep s at which each sample is judged, int64 [B] on the generator's device: uniform in
-    [t_end, t_end + T/k), cut off at T − 1.
+    [t_end, t_end + reach·T/k), cut off at T − 1.
 
     The range is PCM's, whose ends are segment edges, so that it is the segment above. A random end may lie higher: the
     range is then shorter (ours; clamping would heap samples on T − 1, where nothing but noise is left to judge).
     """
     total = int(grid.timesteps[-1]) + 1
     end = grid.timesteps[indices.end.to(grid.timesteps.device)].to(generator.device)
-    width = (total - end).clamp(max=total // grid.segments)
+    width = (total - end).clamp(max=max(1, round(reach * total / grid.segments)))
     share = torch.rand(len(end), generator=generator, device=generator.device, dtype=torch.float64)
     return end + torch.floor(share * width).long()
