@@ -15,6 +15,7 @@ from hypersd_export.bundle.digest import digest_tree, sha256_file
 from hypersd_export.diffusion import LORA_METADATA_KEY, GuidanceKind, PlanFile
 from hypersd_export.errors import MissingBackend, OptionError
 from hypersd_export.graphs.spec import Component, Shapes, resolve_shapes
+from hypersd_export.model.files import public_name
 from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, lora_origin
 from hypersd_export.spec import BUILTIN, ExportSpec, PlanFlags
 from hypersd_export.targets import Target
@@ -106,7 +107,7 @@ class Job:
         options = self.spec.to_json()
         for name in ("out", "cache_dir", "overwrite"):
             del options[name]
-        options |= {name: _file_name(options[name]) for name in ("base", "unet", "vae")}
+        options |= {name: public_name(options[name]) for name in ("base", "unet", "vae")}
         options["loras"] = [f"{lora.path.name}:{scale:g}" for lora, scale in self.source.loras]
         options |= {"width": self.shapes.width, "height": self.shapes.height, "shapes": self.shapes.to_json()}
         return options
@@ -221,11 +222,6 @@ def check_one_unet(plans: PlanFile) -> None:
     }
     if len(scales) > 1:
         raise OptionError("the plans embed different guidance scales in the one UNet: export them apart")
-
-
-def _file_name(name: str | None) -> str | None:
-    """The last part of a local path; hub ids and `builtin` as they are."""
-    return Path(name).name if name is not None and Path(name).exists() else name
 
 
 @cache

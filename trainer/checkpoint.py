@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from hypersd_export.errors import DataError
+from hypersd_export.model.files import write_tensors
 from trainer.ema import Ema
 
 
@@ -25,7 +25,9 @@ def save_state(
     meta = {**meta, "ema_updates": ema.updates if ema else 0}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, partial, {"state": json.dumps(meta)})
+    write_tensors(
+        partial, {k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"state": json.dumps(meta)}
+    )
     partial.replace(path)
 
 

@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 from hypersd_export.errors import HypersdError, ModelError
-from hypersd_export.model.files import check_weights, is_pickle, read_tensors
+from hypersd_export.model.files import check_weights, is_pickle, read_tensors, write_tensors
 
 
 def convert(source: Path, target: Path) -> int:
     """Write the tensors of `source` to `target`; returns how many. Raises ModelError in one line."""
     import torch
-    from safetensors.torch import save_file
 
     if not is_pickle(source):
         raise ModelError(f"{source}: not a .ckpt, .bin, .pt or .pth file; nothing to convert (rename it if it is one)")
@@ -28,7 +27,7 @@ def convert(source: Path, target: Path) -> int:
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
     if not tensors:
         raise ModelError(f"{source}: holds no tensors; nothing to convert")
-    save_file(tensors, target, metadata={"format": "pt"})
+    write_tensors(target, tensors, {"format": "pt"})
     return len(tensors)
 
 

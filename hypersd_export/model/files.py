@@ -83,6 +83,11 @@ def user_path(text: str | Path) -> Path:
         return Path(text)
 
 
+def public_name(text: str | None) -> str | None:
+    """What may be told of a path: the last part of a local one; hub ids, patterns and `builtin` as they are."""
+    return Path(text).name if text and (exists(Path(text)) or Path(text).is_absolute()) else text
+
+
 def exists(path: Path) -> bool:
     """Whether there is something at a path; False, not an error, for a text that cannot be a path."""
     try:
@@ -145,6 +150,22 @@ def check_weights(path: Path, *, allow_pickle: bool, error: type[HypersdError] =
     if not start.startswith((b"PK\x03\x04", b"\x80")):
         _refuse_impostor(path, start, size, error)
         raise error(f"{path}: not a torch checkpoint; download it again")
+
+
+def write_tensors(
+    path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: "Mapping[str, str] | None" = None
+) -> None:  # fmt: skip
+    """Write a safetensors file in place, with the permissions that any new file has.
+
+    The safetensors library gives its files to their owner alone (0600), so that nobody else could use a shared cache
+    or a published LoRA. Whatever the disk refuses is the library's own exception.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    path.chmod(mode)
 
 
 def read_tensors(path: Path, error: type[HypersdError] = ModelError) -> "dict[str, torch.Tensor]":

@@ -28,6 +28,7 @@ from hypersd_export.model.files import (
     read_tensors,
     sha256_file,
     user_path,
+    write_tensors,
 )
 from hypersd_export.model.lora_keys import LoraFormat, LoraKey, Role, main_format, other_kind, parse_key
 
@@ -354,7 +355,6 @@ def save_kohya(
     Text encoder paths get the `text_model` level that other tools expect. Written beside and renamed into place.
     """
     import torch
-    from safetensors.torch import save_file
 
     dtype = torch.float32 if dtype is None else dtype
     tensors: dict[str, torch.Tensor] = {}
@@ -379,7 +379,7 @@ def save_kohya(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
         staged = Path(beside) / path.name
-        save_file(tensors, staged, metadata=full)
+        write_tensors(staged, tensors, full)
         staged.replace(path)
 
 

@@ -16,7 +16,7 @@ from hypersd_export.errors import DataError, MissingBackend, OptionError
 from hypersd_export.model.lora import read_lora
 from tests.train.small_run import STEPS, RandomSource, finish, log, opened, small_config, start
 from trainer.base import schedule_of
-from trainer.distill.config import METHODS, Real, StageConfig, builtin, recipe, sd15, with_method
+from trainer.distill.config import METHODS, AdversarialConfig, Real, StageConfig, builtin, recipe, sd15, with_method
 from trainer.distill.engine import Share, make_optimizer
 from trainer.distill.loop import learning_rate
 from trainer.distill.memory import dry_run, passes, target_share
@@ -49,6 +49,7 @@ def test_each_stage_leaves_a_lora_with_all_that_the_exporter_asks(tiny_base, tmp
         metadata = file.metadata()
     assert metadata["hypersd.steps"] == str(2 * STEPS)
     assert json.loads(metadata["hypersd.recipe"])["stages"][0]["segments"] == 2
+    assert str(tmp_path.parent.parent) not in "".join(metadata.values())  # no path of this machine goes around
     assert json.loads(metadata["hypersd.plan"])
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["config"]["method"] == "tscd"
@@ -315,7 +316,7 @@ def test_target_share_is_the_mean_over_all_draws():
 
 
 def test_passes_per_step():
-    config = builtin()
+    config = replace(builtin(), adversarial=AdversarialConfig(real=Real.TEACHER_MULTISTEP))
     first, last = passes(config, config.stages[0]), passes(config, config.stages[3])
     assert (first["teacher"], first["target"]) == (2, pytest.approx(target_share(config, config.stages[0]), abs=1e-4))
     assert "teacher_multistep" not in first

@@ -186,3 +186,19 @@ def test_digest_of_files_does_not_depend_on_place_or_order(tmp_path: Path) -> No
     assert one == files.sha256_files([("y", tmp_path / "b"), ("x", tmp_path / "a")])
     assert one != files.sha256_files([("x", tmp_path / "b"), ("y", tmp_path / "a")])
     assert files.sha256_file(tmp_path / "a") == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+
+
+def test_written_tensors_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    usual = tmp_path / "usual"
+    usual.touch()
+    path = tmp_path / "a.safetensors"
+    files.write_tensors(path, {"a": torch.ones(2)}, {"k": "v"})
+    assert path.stat().st_mode == usual.stat().st_mode
+    assert files.read_header(path).metadata == {"k": "v"}
+
+
+def test_only_the_last_part_of_a_local_path_is_told(tmp_path: Path) -> None:
+    assert files.public_name(str(tmp_path)) == tmp_path.name
+    assert files.public_name("/no/such/shards-{000..003}.tar") == "shards-{000..003}.tar"
+    for name in ("builtin", "org/model", "", None):
+        assert files.public_name(name) == name

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from hypersd_export.errors import DataError
-from hypersd_export.model.files import read_header
+from hypersd_export.model.files import read_header, write_tensors
 
 CHECKSUMS = "crc32"
 
@@ -33,7 +32,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(plain, partial, {CHECKSUMS: json.dumps(sums)})
+        write_tensors(partial, plain, {CHECKSUMS: json.dumps(sums)})
         partial.replace(path)
     except (OSError, SafetensorError) as e:
         partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from hypersd_export.errors import DataError, HypersdError
+from hypersd_export.model.files import write_tensors
 from trainer.batch import Batch, Source
 from trainer.distill.engine import Engine
 from trainer.distill.networks import Role
@@ -133,8 +134,6 @@ class StageLoop:
         )
 
     def _save_batch(self, path: Path, index: int, draws: Draws, logs: dict[str, float]) -> None:
-        from safetensors.torch import save_file
-
         batch = self.source.batch(self._positions(index, slice(0, self.engine.config.batch)))
         tensors = {
             "latents": batch.latents, "noise": draws.noise, "indices.start": draws.indices.start,
@@ -146,4 +145,4 @@ class StageLoop:
             "captions": json.dumps(batch.captions), "logs": json.dumps({n: repr(v) for n, v in logs.items()}),
         }  # fmt: skip
         with writing(path) as partial:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+            write_tensors(partial, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)

@@ -15,6 +15,7 @@ import torch
 
 from hypersd_export.diffusion import LORA_METADATA_KEY, FewStepPlan, plans_to_metadata
 from hypersd_export.errors import LoraError
+from hypersd_export.model.files import write_tensors
 from hypersd_export.model.lora import ADAPTER_METADATA, BASE_KEY, Delta, first, read_lora, save_kohya
 from trainer.distill.config import LoraConfig
 from trainer.distill.networks import Networks, Role
@@ -65,8 +66,6 @@ def _save_diffusers(
     path: Path, deltas: Mapping[str, Delta], lora: LoraConfig, origin: Origin, dtype: torch.dtype
 ) -> None:
     """As StableDiffusionPipeline.save_lora_weights writes it; it has no `.alpha`, so the adapter metadata says it."""
-    from safetensors.torch import save_file
-
     tensors = {}
     for name, delta in deltas.items():
         for end, tensor in (("lora_A", delta.down), ("lora_B", delta.up)):
@@ -74,7 +73,7 @@ def _save_diffusers(
     adapter = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.modules), "peft_type": "LORA"}
     stated = json.dumps({f"unet.{key}": value for key, value in adapter.items()})
     with writing(path) as partial:
-        save_file(tensors, partial, {"format": "pt", ADAPTER_METADATA: stated, **origin.metadata()})
+        write_tensors(partial, tensors, {"format": "pt", ADAPTER_METADATA: stated, **origin.metadata()})
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ out/log.jsonl, tensorboard/, validation/, bad/
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hypersd_export.errors import DataError, OptionError
+from hypersd_export.model.files import public_name
 from trainer.batch import Source
 from trainer.config import as_json
 from trainer.discriminator import Discriminator
@@ -229,7 +230,7 @@ class Distillation:
         if self.is_main:
             origin = Origin(
                 plans=self._plans(stage), base_name=self._base.name, base_digest=self._base.digest,
-                recipe=as_json(config), steps=sum(before.steps for before in config.stages[:number]),
+                recipe=_public(config), steps=sum(before.steps for before in config.stages[:number]),
             )  # fmt: skip
             with disk(path):
                 save_student(path, student, config.lora, origin)
@@ -285,6 +286,13 @@ class Distillation:
             "versions": {name: _version(name) for name in VERSIONS},
             "processes": self.engine.accelerator.num_processes,
         }  # fmt: skip
+
+
+def _public(config: DistillConfig) -> dict[str, Any]:
+    """The configuration as JSON data, for a file that goes around: of paths on this machine the last part alone."""
+    data = replace(config.data, cache="", source=public_name(config.data.source) or "")
+    recipe: dict[str, Any] = as_json(replace(config, base=public_name(config.base) or "", data=data))
+    return recipe
 
 
 class _Autocast:

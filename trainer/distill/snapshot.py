@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from hypersd_export.errors import DataError, DestinationError
+from hypersd_export.model.files import write_tensors
 
 FOLDER = "checkpoints"
 FORMAT = 1
@@ -58,13 +59,11 @@ def checkpoints(out: Path) -> list[tuple[Place, Path]]:
 def save_snapshot(out: Path, snapshot: Snapshot, *, keep: int) -> Path:
     """Write a checkpoint, then delete all but the `keep` newest; DestinationError if the disk is full, in which case
     every older checkpoint is still there."""
-    from safetensors.torch import save_file
-
     path = out / FOLDER / snapshot.place.name
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in snapshot.tensors.items()}
     state = json.dumps({"stage": snapshot.place.stage, "step": snapshot.place.step, **snapshot.extra})
     with writing(path) as partial:
-        save_file(tensors, partial, {"format": str(FORMAT), "state": state, "sha256": digest(tensors, state)})
+        write_tensors(partial, tensors, {"format": str(FORMAT), "state": state, "sha256": digest(tensors, state)})
     for _, old in checkpoints(out)[: -max(1, keep)]:
         old.unlink(missing_ok=True)
     return path
