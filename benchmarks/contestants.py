@@ -1,10 +1,12 @@
 """Who stands in the tables: a small JSON file, read and checked before anything is drawn.
 
-    [{"table": "stages", "label": "TSCD", "lora": "tscd/k4.safetensors", "sampler": "ddim_trailing", "steps": [4]},
+    [{"table": "stages", "label": "TSCD", "lora": "tscd/k4.safetensors", "sampler": "own", "steps": [4]},
      {"table": "one_lora", "label": "TCD", "lora": "tcd/final.safetensors", "sampler": "tcd:0.3", "steps": [1, 2, 4, 8],
       "updates": 2000, "seed": 1, "guidance": 1.0}]
 
 Entries with one label in one table are one row; with one step count too, and different seeds, they are averaged.
+"own" plays the plan for so many steps that the file's metadata carries, so on the grid that it was trained on; a
+sampler by name is on Stable Diffusion's usual one.
 """
 
 import json
@@ -14,13 +16,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from hypersd_export.diffusion import FewStepPlan, Guidance, Solver
+from hypersd_export.diffusion import LORA_METADATA_KEY, FewStepPlan, Guidance, Solver, plans_from_metadata
 from hypersd_export.errors import HypersdError, LoraError, OptionError
 from hypersd_export.model.lora import LoraFile, read_lora
 from trainer.distill.lora_file import STEPS_KEY
 
 KEYS = {"table", "label", "lora", "sampler", "steps", "updates", "seed", "guidance"}
 REQUIRED = {"table", "label", "lora", "sampler", "steps"}
+OWN = "own"
 
 
 class Table(StrEnum):
@@ -39,8 +42,18 @@ def sampler_plan(sampler: str, steps: int, guidance: float = 1.0) -> FewStepPlan
     except ValueError:
         solver = None
     if solver is None or (text and solver is not Solver.TCD):
-        raise OptionError(f"sampler {sampler!r}: must be ddim_trailing, lcm or tcd:ETA such as tcd:0.3")
+        raise OptionError(f"sampler {sampler!r}: must be {OWN}, ddim_trailing, lcm or tcd:ETA such as tcd:0.3")
     return FewStepPlan(solver=solver, num_steps=steps, eta=eta, guidance=Guidance.of(guidance))
+
+
+def own_plan(lora: LoraFile | None, steps: int) -> FewStepPlan:
+    """The plan for so many steps in a LoRA's metadata; OptionError if it has none."""
+    text = None if lora is None else lora.metadata.get(LORA_METADATA_KEY)
+    plans = {plan.num_steps: plan for plan in (plans_from_metadata(text) if text else ())}
+    if steps not in plans:
+        has = ", ".join(map(str, plans)) or "none"
+        raise OptionError(f"sampler {OWN!r} at {steps} steps: the file has plans for {has}; name a sampler")
+    return plans[steps]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +74,8 @@ class Contestant:
 
     def plan(self, steps: int) -> FewStepPlan:
         """The plan of one of its step counts."""
+        if self.sampler == OWN:
+            return own_plan(self.lora, steps)
         return sampler_plan(self.sampler, steps, self.guidance)
 
 

@@ -49,7 +49,7 @@ def test_the_later_of_two_holds_and_text_stays_text():
         ("stages.9.steps=1", "unknown key '9'; there are: 0, 1, 2, 3"), ("stages.0.stepz=1", "unknown key 'stepz'"),
         ("stages.0=1", "is a group"), ("stages=4", "not a list of JSON objects"),
         ('stages=[{"segmentz": 1}]', "unknown key 'segmentz'"), ('stages=[{"segments": 1}]', "missing 3 required"),
-        ('stages=[{"segments": 1.5}]', "not a int"), ("stages=[]", "at least one stage"),
+        ('stages=[{"segments": 1.5}]', "not a int"), ("stages=[]", "needs at least one"),
         ("end=middle", "not one of random, edge"), ("guidance=3", "not a list"), ("guidance=[3]", "has 1 entries"),
         ("guidance=[3,x]", "not a list"), ('guidance=[3,"x"]', "not a float"), ("ema_decay=NaN", "not a float"),
         ("adversarial=1", "is a group"), ("guidance.0=1", "has no parts"), ("seed.x=1", "has no parts"),
@@ -74,5 +74,5 @@ def test_flat_names_every_value():
     data = flat(as_json(builtin()))
     assert data["stages.2.segments"] == 2
     assert data["guidance"] == [3.0, 3.0]
-    assert data["adversarial.backend"] == "frozen"
+    assert data["adversarial.backend"] == "trainable"
     assert data["validation_prompts"] == []

@@ -268,7 +268,7 @@ def test_a_disk_that_is_full_leaves_no_cache_behind(base, tmp_path, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(store, "write_tensors", full)
     refused(as_folder(tmp_path / "in", 2), base, tmp_path / "cache", match="No space left on device")
     monkeypatch.undo()
     assert len(opened(tmp_path / "in", base, tmp_path / "cache")) == 2

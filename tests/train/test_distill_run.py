@@ -16,7 +16,17 @@ from hypersd_export.errors import DataError, MissingBackend, OptionError
 from hypersd_export.model.lora import read_lora
 from tests.train.small_run import STEPS, RandomSource, finish, log, opened, small_config, start
 from trainer.base import schedule_of
-from trainer.distill.config import METHODS, AdversarialConfig, Real, StageConfig, builtin, recipe, sd15, with_method
+from trainer.distill.config import (
+    METHODS,
+    AdversarialConfig,
+    Real,
+    StageConfig,
+    Teacher,
+    builtin,
+    recipe,
+    sd15,
+    with_method,
+)
 from trainer.distill.engine import Share, make_optimizer
 from trainer.distill.loop import learning_rate
 from trainer.distill.memory import dry_run, passes, target_share
@@ -230,6 +240,29 @@ def test_a_stage_of_no_steps_is_a_lora_of_its_start(tiny_base, tmp_path):
     one, two = (read_lora(tmp_path / lora_name(config, n)).components["unet"] for n in (1, 2))
     assert all(torch.equal(one[name].up, two[name].up) for name in one)
     assert finish(config, tmp_path) == lines
+
+
+@pytest.mark.parametrize("form", ["", "diffusers"])
+def test_a_run_may_start_from_a_lora_and_counts_its_updates(tiny_base, tmp_path, form):
+    config = small_config(tiny_base)
+    finish(config, tmp_path / "first")
+    given = tmp_path / "first" / form / "stage1-k2-lora.safetensors"
+    stage = replace(config.stages[1], steps=0, teacher=Teacher.PREVIOUS)
+    with pytest.raises(OptionError, match=r"stages\.0\.teacher previous: there is none; .* set init_lora"):
+        replace(config, stages=(stage,))
+    begun = replace(config, stages=(stage,), init_lora=str(given))
+    finish(begun, tmp_path / "start")
+    finish(replace(begun, stages=(replace(stage, steps=2),)), tmp_path / "more")
+    path, more = (tmp_path / name / "stage1-k1-lora.safetensors" for name in ("start", "more"))
+    one, two, three = (
+        {name.replace(".", "_"): delta.up * delta.multiplier for name, delta in read_lora(p).components["unet"].items()}
+        for p in (given, path, more)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+    assert [read_lora(p).metadata["hypersd.steps"] for p in (path, more)] == [str(STEPS), str(STEPS + 2)]
+    recipe = json.loads(read_lora(more).metadata["hypersd.recipe"])
+    assert recipe["init_lora"] == given.name  # no path of this machine goes around
 
 
 def test_validation_takes_no_part_in_the_training(tiny_base, tmp_path):

@@ -26,7 +26,7 @@ from benchmarks.distilled_tables import (
 from benchmarks.feature_cache import FeatureCache
 from benchmarks.metrics import bootstrap, clip_scores, diversity, frechet_distance, kid, unit
 from benchmarks.sampling import Parts, labelled_grid
-from hypersd_export.diffusion import FewStepPlan, Guidance, Solver
+from hypersd_export.diffusion import LORA_METADATA_KEY, FewStepPlan, Guidance, Solver, plans_to_metadata
 from hypersd_export.errors import DataError, LoraError, OptionError, PlanError
 from hypersd_export.model.lora import Delta, read_lora, save_kohya
 from hypersd_export.verify import reference
@@ -170,11 +170,17 @@ def test_markdown():
 # contestants
 
 
-def lora_file(path, steps="100", seed=0, modules=("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",)):
+MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def lora_file(path, steps="100", seed=0, modules=(MODULE,), plans=()):
     generator = torch.Generator().manual_seed(seed)
     down, up = torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator)
     deltas = {name: Delta(down=down, up=up, alpha=2.0) for name in modules}
-    save_kohya(path, {"unet": deltas}, {} if steps is None else {"hypersd.steps": steps})
+    metadata = {} if steps is None else {"hypersd.steps": steps}
+    if plans:
+        metadata[LORA_METADATA_KEY] = plans_to_metadata(plans)
+    save_kohya(path, {"unet": deltas}, metadata)
     return path
 
 
@@ -204,11 +210,23 @@ def test_contestants_are_read(tmp_path):
     assert none.plan(2) == FewStepPlan(solver=Solver.TCD, num_steps=2, eta=0.3)
 
 
+def test_its_own_sampler_is_the_plan_of_the_file_for_so_many_steps(tmp_path):
+    plans = [FewStepPlan(solver=Solver.TCD, num_steps=n, eta=1.0, original_inference_steps=8) for n in (1, 4)]
+    lora_file(tmp_path / "k4.safetensors", plans=plans)
+    (contestant,) = read_contestants(write(tmp_path, {**ENTRY, "sampler": "own", "steps": [4, 1]}))
+    assert [contestant.plan(steps) for steps in (1, 4)] == plans
+    with pytest.raises(OptionError, match="entry 1: sampler 'own' at 2 steps: the file has plans for 1, 4; name a"):
+        read_contestants(write(tmp_path, {**ENTRY, "sampler": "own", "steps": [2]}))
+    lora_file(tmp_path / "k4.safetensors")
+    with pytest.raises(OptionError, match="at 4 steps: the file has plans for none"):
+        read_contestants(write(tmp_path, {**ENTRY, "sampler": "own"}))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"lora": "gone.safetensors"}, LoraError, r"lora gone\.safetensors: no such file in .*pass --runs"),
-        ({"sampler": "euler"}, OptionError, "sampler 'euler': must be ddim_trailing, lcm or tcd:ETA"),
+        ({"sampler": "euler"}, OptionError, "sampler 'euler': must be own, ddim_trailing, lcm or tcd:ETA"),
         ({"sampler": "tcd"}, OptionError, "sampler 'tcd'"),
         ({"sampler": "lcm:0.3"}, OptionError, "sampler 'lcm:0.3'"),
         ({"sampler": "tcd:2"}, PlanError, "eta 2.0: must be from 0"),

@@ -117,6 +117,7 @@ CHOICES = {
 class DistillConfig:
     """Everything that decides a distillation.
 
+    init_lora: a LoRA file that the student starts from, as an earlier stage's; its updates count as this run's.
     guidance: range that w is drawn from, in the convention u + w(c − u); baked in by the teacher's step (paper: yes,
     range not disclosed). cfg_preserved: the teacher's step is conditional only and `empty_prompts` of the captions are
     empty, so that the student keeps guidance for inference (PCM). ema_decay: of the target (paper: yes, rate not
@@ -129,6 +130,7 @@ class DistillConfig:
     stages: tuple[StageConfig, ...]
     base: str = "builtin"
     data: DataConfig = field(default_factory=DataConfig)
+    init_lora: str = ""
     end: End = End.RANDOM
     boundary: Boundary = Boundary.DDIM
     distance: Distance = Distance.MSE
@@ -176,8 +178,10 @@ class DistillConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
-        if not self.stages or self.stages[0].teacher is not Teacher.ORIGINAL:
-            raise OptionError("a distillation needs at least one stage, and the first one's teacher is the original")
+        if not self.stages:
+            raise OptionError("stages: a distillation needs at least one")
+        if self.stages[0].teacher is not Teacher.ORIGINAL and not self.init_lora:
+            raise OptionError("stages.0.teacher previous: there is none; set it to original, or set init_lora")
 
 
 def tscd_stages(

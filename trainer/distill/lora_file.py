@@ -15,7 +15,7 @@ import torch
 
 from hypersd_export.diffusion import LORA_METADATA_KEY, FewStepPlan, plans_to_metadata
 from hypersd_export.errors import LoraError
-from hypersd_export.model.files import write_tensors
+from hypersd_export.model.files import read_header, write_tensors
 from hypersd_export.model.lora import ADAPTER_METADATA, BASE_KEY, Delta, first, read_lora, save_kohya
 from trainer.distill.config import LoraConfig
 from trainer.distill.networks import Networks, Role
@@ -74,6 +74,12 @@ def _save_diffusers(
     stated = json.dumps({f"unet.{key}": value for key, value in adapter.items()})
     with writing(path) as partial:
         write_tensors(partial, tensors, {"format": "pt", ADAPTER_METADATA: stated, **origin.metadata()})
+
+
+def updates_of(path: Path) -> int:
+    """The student updates that a LoRA's metadata tells; 0 where it tells none."""
+    text = read_header(path, LoraError).metadata.get(STEPS_KEY, "")
+    return int(text) if text.isdecimal() else 0
 
 
 @torch.no_grad()

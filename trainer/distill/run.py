@@ -23,7 +23,7 @@ from trainer.distill.config import METHODS, DistillConfig, StageConfig
 from trainer.distill.engine import DTYPES, Engine
 from trainer.distill.logs import JsonLog, check_log_with, log_grid, start_tracker
 from trainer.distill.loop import StageLoop, StepResult
-from trainer.distill.lora_file import Origin, save_student
+from trainer.distill.lora_file import Origin, load_student, save_student, updates_of
 from trainer.distill.networks import Networks
 from trainer.distill.plans import plans_for
 from trainer.distill.resume import open_run, write_run
@@ -149,6 +149,10 @@ class Distillation:
         networks = Networks.build(
             unet, config.lora, alphas_cumprod=base.alphas_cumprod, prediction_type=base.prediction_type
         )
+        self._inherited = 0
+        if config.init_lora:
+            load_student(Path(config.init_lora), networks)
+            self._inherited = updates_of(Path(config.init_lora))
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self._critic, self._untrained = None, {}
@@ -230,7 +234,8 @@ class Distillation:
         if self.is_main:
             origin = Origin(
                 plans=self._plans(stage), base_name=self._base.name, base_digest=self._base.digest,
-                recipe=_public(config), steps=sum(before.steps for before in config.stages[:number]),
+                recipe=_public(config),
+                steps=self._inherited + sum(before.steps for before in config.stages[:number]),
             )  # fmt: skip
             with disk(path):
                 save_student(path, student, config.lora, origin)
@@ -291,7 +296,9 @@ class Distillation:
 def _public(config: DistillConfig) -> dict[str, Any]:
     """The configuration as JSON data, for a file that goes around: of paths on this machine the last part alone."""
     data = replace(config.data, cache="", source=public_name(config.data.source) or "")
-    recipe: dict[str, Any] = as_json(replace(config, base=public_name(config.base) or "", data=data))
+    recipe: dict[str, Any] = as_json(
+        replace(config, base=public_name(config.base) or "", data=data, init_lora=public_name(config.init_lora) or "")
+    )
     return recipe
 
 
