@@ -27,10 +27,12 @@ OWN = "own"
 
 
 class Table(StrEnum):
-    """STAGES: every step count has a LoRA of its own. ONE_LORA: one LoRA at every step count."""
+    """STAGES: every step count has a LoRA of its own. ONE_LORA: one LoRA at every step count. REAL: stages that differ
+    in the critic's real samples alone."""
 
     STAGES = "stages"
     ONE_LORA = "one_lora"
+    REAL = "real"
 
 
 def sampler_plan(sampler: str, steps: int, guidance: float = 1.0) -> FewStepPlan:
@@ -116,7 +118,7 @@ def _contestant(entry: Any, what: str, folders: Sequence[Path]) -> Contestant:
     if len(set(steps)) != len(steps) or not _is_count(seed, 0):
         raise OptionError(f"{what}: steps {steps} must not repeat, and seed {seed!r} must be a whole number")
     if entry["table"] not in list(Table) or not isinstance(entry["label"], str) or not entry["label"]:
-        raise OptionError(f"{what}: table {entry['table']!r} must be {' or '.join(Table)}, and label a text")
+        raise OptionError(f"{what}: table {entry['table']!r}: must be one of {', '.join(Table)}; and label a text")
     try:
         lora = None if entry["lora"] is None else read_lora(_find(str(entry["lora"]), folders))
         contestant = Contestant(

@@ -1,9 +1,9 @@
 """How good are distilled students? `python -m benchmarks.distilled --contestants FILE`
 
-Two tables on held-out prompts, by the judge: a LoRA per stage, and one LoRA at every step count, beside the teacher at
-the same step counts. FD-T and KID-T compare with the teacher's 25-step pictures of the same prompts from another set of
-seeds; the teacher's own 25-step row is therefore the floor. Writes distilled.json, distilled.md and a sheet of pictures
-for each table. The file of contestants is described in `benchmarks.contestants`.
+Tables on held-out prompts, by the judge: a LoRA per stage, one LoRA at every step count, and the critic's real samples,
+beside the teacher at the same step counts. FD-T and KID-T compare with the teacher's 25-step pictures of the same
+prompts from another set of seeds; the teacher's own 25-step row is therefore the floor. Writes distilled.json,
+distilled.md and a sheet of pictures for each table. The file of contestants is described in `benchmarks.contestants`.
 """
 
 import os
@@ -49,6 +49,7 @@ PROMPT_SEED, VARIETY, TEACHER_STEPS = 31, 10, 25
 TITLES = {
     Table.STAGES: "Per stage: a LoRA of its own at every step count",
     Table.ONE_LORA: "One LoRA at every step count",
+    Table.REAL: "What the critic sees as real, in the last stage",
 }
 
 
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=default_cache_dir() / "distilled")
     parser.add_argument("--model", type=Path, default=model_dir())
     parser.add_argument("--judge", type=Path, default=WEIGHTS)
-    parser.add_argument("--grids-only", action="store_true", help="the two sheets of pictures and no figures")
+    parser.add_argument("--grids-only", action="store_true", help="the sheets of pictures and no figures")
     options = parser.parse_args(arguments)
     try:
         contestants = read_contestants(options.contestants, options.runs)

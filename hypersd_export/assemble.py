@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,38 @@ from hypersd_export.plan_choice import describe
 from hypersd_export.spec import BUILTIN
 
 COMPONENT_FILES = ("model.onnx", "model.onnx_data", "config.json")
+SINGLE_FILES = ("pipeline.onnx", "pipeline.onnx_data")
 
 
-def assemble(job: Job, components: Mapping[Component, Path], bundle: Path) -> None:
-    """Write all but golden/, the card and the manifest into the empty folder `bundle`."""
+def assemble(job: Job, components: Mapping[Component, Path], bundle: Path, *, single: Path | None = None) -> None:
+    """Write all but golden/, the card and the manifest into the empty folder `bundle`.
+
+    `single` is the folder of the single graph, which then stands in place of the components' own: of them the
+    configurations alone are kept, and no model_index.json, as no other pipeline can load this.
+    """
     for component, folder in components.items():
-        (bundle / component).mkdir()
-        for name in COMPONENT_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, bundle / component / name)
+        names = COMPONENT_FILES if single is None else ("config.json",)
+        _copy(folder, names, bundle / component)
+    if single is not None:
+        _copy(single, SINGLE_FILES, bundle)
     call = diffusers_scheduler(job.plans.default.plan)
-    index = job.source.base.model_index()
-    index["scheduler"] = ["diffusers", call.class_name]
     job.source.base.write_tokenizer(bundle / "tokenizer")
-    _write_json(bundle / "model_index.json", index)
+    if single is None:
+        index = job.source.base.model_index()
+        index["scheduler"] = ["diffusers", call.class_name]
+        _write_json(bundle / "model_index.json", index)
     (bundle / "scheduler").mkdir()
     _write_json(bundle / "scheduler" / "scheduler_config.json", call.config)
     _write_json(bundle / "plan.json", job.plans.to_json())
     (bundle / "LICENSES").write_text(licenses(job), encoding="utf-8")
+
+
+def _copy(folder: Path, names: Iterable[str], to: Path) -> None:
+    """Those of these files that there are."""
+    to.mkdir(exist_ok=True)
+    for name in names:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, to / name)
 
 
 def licenses(job: Job) -> str:
@@ -74,6 +88,7 @@ def write_card(
         "scheduler": call.class_name,
         "call": ", ".join(f"{name}={value!r}" for name, value in call.call.items()),
         "exact": call.exact,
+        "single_graph": targets["onnx"].get("single_graph", {}).get("inputs"),
         "parity": parity,
         "prompt": job.prompt,
         "license": base.license_note if re.fullmatch(r"[A-Za-z0-9.+-]+", base.license_note) else None,

@@ -51,6 +51,7 @@ def export_command(
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels (default: those of the base).")] = None,
     provider: Annotated[str, typer.Option(help="onnxruntime's provider for the parity check.")] = "cpu",
     single_graph: Annotated[bool, typer.Option("--single-graph", help="One graph for the whole pipeline.")] = False,
+    unroll: Annotated[bool, typer.Option("--unroll", help="Single graph without a Loop.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
     out: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("bundle"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
@@ -65,8 +66,6 @@ def export_command(
     with one_line_errors(out, cache_dir):
         from hypersd_export.spec import ExportSpec, PlanFlags, parse_ints, parse_loras, parse_size, parse_targets
 
-        if single_graph:
-            raise OptionError("--single-graph: not built yet, leave it away for one graph per component")
         spec = ExportSpec(
             targets=parse_targets(target),
             base=base,
@@ -87,6 +86,8 @@ def export_command(
             batch=batch,
             size=parse_size(size),
             provider=provider,
+            single_graph=single_graph,
+            unroll=unroll,
             opset=opset,
             out=out,
             overwrite=overwrite,

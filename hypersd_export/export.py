@@ -30,7 +30,7 @@ from hypersd_export.usage import measure
 from hypersd_export.verify.process import run_verification
 from hypersd_export.verify.request import VerifyRequest
 
-LOAD, ASSEMBLE, VERIFY, PUBLISH = "load", "assemble", "verify", "publish"
+LOAD, COMPOSE, ASSEMBLE, VERIFY, PUBLISH = "load", "onnx-pipeline", "assemble", "verify", "publish"
 
 
 @dataclass(slots=True)
@@ -122,11 +122,13 @@ def export(spec: ExportSpec, *, reporter: Reporter | None = None, isolate: bool 
         job = open_job(spec)
         announce(job, reporter)
     targets = {target: build_target(job, target, clock) for target in spec.targets}
+    whole = compose_graphs(job, targets[Target.ONNX], clock) if spec.single_graph else None
     with staged(spec.out, overwrite=spec.overwrite) as bundle:
         with clock.stage(ASSEMBLE):
-            assemble(job, {component: stage.path for component, stage in targets[Target.ONNX].items()}, bundle)
-        parity = verify(job, targets[Target.ONNX], bundle, clock, isolate=isolate)
-        manifest = describe_bundle(job, targets, parity, bundle, clock)
+            graphs = {component: stage.path for component, stage in targets[Target.ONNX].items()}
+            assemble(job, graphs, bundle, single=None if whole is None else whole.path)
+        parity = verify(job, targets[Target.ONNX], whole, bundle, clock, isolate=isolate)
+        manifest = describe_bundle(job, targets, whole, parity, bundle, clock)
         reporter.begin(PUBLISH)
     return Exported(
         path=spec.out.resolve(),
@@ -156,7 +158,7 @@ def build_target(job: Job, target: Target, clock: Clock) -> dict[Component, Stag
         build_component(job, target, component, folder)
         gc.collect()  # exported programs are full of cycles, and the next component needs the room
 
-    for component in Component:
+    for component in job.components:
         with clock.stage(f"{target}-{component}") as record:
             depends = job.component_depends(target, component)
             stage = job.cache.get(record.name, depends, functools.partial(build, component))
@@ -182,6 +184,20 @@ def build_component(job: Job, target: Target, component: Component, folder: Path
     (folder / "build.json").write_text(json.dumps({"built": built, "fused": fused}), encoding="utf-8")
 
 
+def compose_graphs(job: Job, parts: Mapping[Component, Stage], clock: Clock) -> Stage:
+    """The single graph of these components, or what the cache has of it."""
+    from hypersd_export.targets.onnx_pipeline import compose
+
+    def build(folder: Path) -> None:
+        graphs = {component: stage.path / "model.onnx" for component, stage in parts.items()}
+        (folder / "build.json").write_text(json.dumps(compose(graphs, job.wiring, folder)), encoding="utf-8")
+
+    with clock.stage(COMPOSE) as record:
+        stage = job.cache.get(COMPOSE, job.compose_depends({c: stage.key for c, stage in parts.items()}), build)
+        record.cached = stage.cached
+    return stage
+
+
 def component_config(job: Job, component: Component, module: Any) -> dict[str, Any]:
     """The component's config.json with every default explicit, without local paths; the UNet's with this size."""
     if component is Component.TEXT_ENCODER:
@@ -197,7 +213,7 @@ def component_config(job: Job, component: Component, module: Any) -> dict[str, A
 
 
 def verify(
-    job: Job, components: Mapping[Component, Stage], bundle: Path, clock: Clock, *, isolate: bool
+    job: Job, components: Mapping[Component, Stage], whole: Stage | None, bundle: Path, clock: Clock, *, isolate: bool
 ) -> dict[str, Any] | str:
     """Golden files and parity figures, or "not verified"; golden/ is copied into the bundle."""
 
@@ -206,6 +222,7 @@ def verify(
             source=job.request,
             digests=job.source.digests,
             bundle=bundle,
+            components={component: stage.path for component, stage in components.items()},
             out=folder,
             shapes=job.shapes,
             precision=job.spec.precision,
@@ -219,7 +236,8 @@ def verify(
         (folder / "parity.json").write_text(json.dumps(parity), encoding="utf-8")
 
     with clock.stage(VERIFY) as record:
-        depends = job.verify_depends({component: stage.key for component, stage in components.items()})
+        keys = {component.value: stage.key for component, stage in components.items()}
+        depends = job.verify_depends(keys | ({} if whole is None else {COMPOSE: whole.key}))
         stage = job.cache.get(VERIFY, depends, build)
         record.cached = stage.cached
         shutil.copytree(stage.path / "golden", bundle / "golden")
@@ -230,13 +248,14 @@ def verify(
 def describe_bundle(
     job: Job,
     targets: Mapping[Target, Mapping[Component, Stage]],
+    whole: Stage | None,
     parity: dict[str, Any] | str,
     bundle: Path,
     clock: Clock,
 ) -> Manifest:
     """Card and manifest: the last files of a bundle."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    built = {target.value: target_record(job, stages) for target, stages in targets.items()}
+    built = {target.value: target_record(job, stages, whole) for target, stages in targets.items()}
     write_card(job, bundle, built, parity, created)
     base = job.source.base
     return write_manifest(
@@ -253,16 +272,20 @@ def describe_bundle(
     )
 
 
-def target_record(job: Job, stages: Mapping[Component, Stage]) -> dict[str, Any]:
+def target_record(job: Job, stages: Mapping[Component, Stage], whole: Stage | None) -> dict[str, Any]:
     """What the manifest says about a target: its options, each graph's figures, and the proof of every fusion."""
-    notes = {
-        component: json.loads((stage.path / "build.json").read_text(encoding="utf-8"))
-        for component, stage in stages.items()
-    }
+    notes = {component: _build_notes(stage) for component, stage in stages.items()}
+    single = {} if whole is None else {"single_graph": _build_notes(whole)}
     return {
+        **single,
         "precision": job.spec.precision,
         "opset": job.spec.opset,
         "components": {component.value: note["built"] for component, note in notes.items()},
         "fused": [report for component, note in notes.items() if component is not Component.VAE_ENCODER
                   for report in note["fused"]],
     }  # fmt: skip
+
+
+def _build_notes(stage: Stage) -> dict[str, Any]:
+    notes: dict[str, Any] = json.loads((stage.path / "build.json").read_text(encoding="utf-8"))
+    return notes

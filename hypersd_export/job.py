@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypersd_export import __version__
 from hypersd_export.bundle.cache import StageCache, default_cache_dir
@@ -20,6 +20,9 @@ from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, lora_or
 from hypersd_export.spec import BUILTIN, ExportSpec, PlanFlags
 from hypersd_export.targets import Target
 from hypersd_export.verify.source import COMPONENTS, Source, SourceRequest, open_source
+
+if TYPE_CHECKING:
+    from hypersd_export.targets.onnx_pipeline import Wiring
 
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "psutil")
 TOOLS = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
@@ -45,6 +48,31 @@ class Job:
         """The guidance that is a constant of the UNet, or None."""
         guidance = self.plans.default.plan.guidance
         return guidance.scale if guidance.kind is GuidanceKind.EMBEDDED else None
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """What is built: a single graph starts from noise, so that it has no use for the VAE's encoder."""
+        return tuple(c for c in Component if not (self.spec.single_graph and c is Component.VAE_ENCODER))
+
+    @property
+    def wiring(self) -> "Wiring":
+        """How the single graph joins its parts."""
+        from hypersd_export.targets.onnx_pipeline import Wiring
+
+        entry, vae = self.plans.default, self.source.base.component_config("vae")
+        return Wiring(
+            table=entry.table, guidance=entry.plan.guidance, shapes=self.shapes, unroll=self.spec.unroll,
+            scaling_factor=self.source.base.scaling_factor, shift_factor=float(vae.get("shift_factor") or 0.0),
+        )  # fmt: skip
+
+    def compose_depends(self, parts: Mapping[Component, str]) -> dict[str, Any]:
+        """All that the single graph depends on; `parts` are the cache keys of its components."""
+        return {
+            "parts": {component.value: key for component, key in parts.items()},
+            "wiring": self.wiring.to_json(),
+            "versions": tool_versions(),
+            "code": code_digests(("targets",)),
+        }
 
     def component_depends(self, target: Target, component: Component) -> dict[str, Any]:
         """All that one exported component depends on."""
@@ -141,6 +169,8 @@ def open_job(spec: ExportSpec) -> Job:
         card=card if spec.unet is None else None,
     )
     plans = choose_plans(spec.plan, base=clue, loras=[_clue(lora) for lora, _ in source.loras])
+    if spec.single_graph:
+        plans = PlanFile(entries=plans.entries[:1])
     check_one_unet(plans)
     cfg = any(entry.plan.guidance.kind is GuidanceKind.CFG for entry in plans.entries)
     return Job(
@@ -169,8 +199,8 @@ def check_backends(spec: ExportSpec) -> None:
 def default_loras(spec: ExportSpec) -> tuple[str, ...]:
     """The built-in base's own LoRA for the steps that are asked for; () for every other base.
 
-    The card's `lora` says which file is for how many steps; the first one listed is the default. Raises `OptionError`
-    for step counts that none of them, or no single one, is for.
+    The card's `lora` says which file is for how many steps, the first one listed being the default, and `unified` which
+    one serves them all. Raises `OptionError` for step counts that none of them, or no single one, is for.
     """
     if spec.base != BUILTIN or spec.unet is not None:
         return ()
@@ -185,6 +215,8 @@ def default_loras(spec: ExportSpec) -> tuple[str, ...]:
             f"--steps {listed}: the built-in LoRAs are for {', '.join(map(str, files))} steps; "
             "pass --lora none for the teacher"
         )
+    if len(found) > 1 and "unified" in _card():
+        found = {str(_card()["unified"])}
     if len(found) > 1:
         raise OptionError(
             f"--steps {listed}: each built-in LoRA is for its own step count; export them one by one, or name one "

@@ -50,6 +50,8 @@ class ExportSpec:
     batch: int = 1
     size: tuple[int, int] | None = None
     provider: str = "cpu"
+    single_graph: bool = False
+    unroll: bool = False
     opset: int = 20
     out: Path = Path(DEFAULT_OUT)
     overwrite: bool = False
@@ -64,6 +66,11 @@ class ExportSpec:
             raise OptionError(f"--batch {self.batch}: from 1 to {MAX_BATCH}")
         if self.size is not None and not all(0 < side <= MAX_SIDE for side in self.size):
             raise OptionError(f"--size {self.size[0]}x{self.size[1]}: each side from 1 to {MAX_SIDE} pixels")
+        if self.single_graph and len(self.plan.steps or ()) > 1:
+            listed = ",".join(map(str, self.plan.steps or ()))
+            raise OptionError(f"--single-graph with --steps {listed}: a graph holds one schedule; give one count")
+        if self.unroll and not self.single_graph:
+            raise OptionError("--unroll: it is about --single-graph; give both, or leave it away")
         _check_plan_flags(self.plan)
         onnx.check_options(opset=self.opset, precision=self.precision)
 

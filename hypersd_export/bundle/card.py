@@ -47,9 +47,7 @@ machine. `hypersd-generate . --golden` reproduces the picture in `golden/` and s
 
 {table_note}
 
-## In optimum
-
-{optimum}
+{elsewhere}
 
 ## Checked against torch
 
@@ -59,11 +57,13 @@ machine. `hypersd-generate . --golden` reproduces the picture in `golden/` and s
 
 {licence}
 
-The base pipeline's safety checker was **dropped** in the export (`safety_checker` is null in `model_index.json`):
-nothing filters what this model draws, and whoever publishes its output answers for it.
+The base pipeline's safety checker was **dropped** in the export: nothing filters what this model draws, and whoever
+publishes its output answers for it.
 """
 
 _OPTIMUM = """\
+## In optimum
+
 The folder has Optimum's layout and tensor names. Turn IO binding **off**: with it (the default on CUDA) the latents are
 overwritten during the loop whenever guidance is off, and every picture is garbage.
 
@@ -78,11 +78,29 @@ image = pipeline({prompt_python}, {call}).images[0]
 
 {exact}"""
 
+_SINGLE = """\
+## In any ONNX runtime
+
+`pipeline.onnx` is the whole pipeline: one call, and no loop, scheduler or guidance of your own.
+
+{inputs}
+
+It gives `image`, uint8 [B, H, W, 3], and `latents`. The ids are the tokenizer's (`tokenizer/`), padded to the length
+above; `noise` and `step_noise` are standard normal. `golden/` has an example of each, and the picture that it gives."""
+
 _EXACT = "With this scheduler and this call diffusers takes the same steps as `plan.json`."
 _INEXACT = (
     "diffusers cannot express this plan exactly: its steps come close to those of `plan.json` but are not the same, "
     "so use `hypersd-generate` where the picture must be the same."
 )
+
+
+def _inputs(shapes: Mapping[str, Sequence[int]]) -> str:
+    rows = [
+        [f"`{name}`", "int64" if name.endswith("ids") else "float32", str(list(shape))]
+        for name, shape in shapes.items()
+    ]
+    return _table(["input", "type", "shape"], rows)
 
 
 def _sentence(note: str | None) -> str:
@@ -140,9 +158,11 @@ def _plans(entries: Sequence[Mapping[str, Any]]) -> str:
     return _table(["steps", "solver", "guidance", "eta", "timesteps", "from"], rows)
 
 
-def _table_note(entries: Sequence[Mapping[str, Any]]) -> str:
+def _table_note(entries: Sequence[Mapping[str, Any]], *, single_graph: bool) -> str:
     note = "Guidance follows `u + w (c - u)`. "
     if any(entry["plan"]["guidance"]["kind"] == "cfg" for entry in entries):
+        if single_graph:
+            return note + "It is a constant of the graph; `--negative-prompt` works."
         return note + "Where it is `cfg`, `--guidance` and `--negative-prompt` work; the scale above is the default."
     return note + "No plan here evaluates an unconditional branch, so there is no `--guidance` and no negative prompt."
 
@@ -164,6 +184,18 @@ def _decibel(value: Any) -> str:
     return "equal" if isinstance(value, str) or value >= 200 else f"{value:.1f}"
 
 
+def _elsewhere(card: Mapping[str, Any]) -> str:
+    """How other tools use the graphs."""
+    if card.get("single_graph"):
+        return _SINGLE.format(inputs=_inputs(card["single_graph"]))
+    return _OPTIMUM.format(
+        scheduler=card["scheduler"],
+        call=card["call"],
+        prompt_python=json.dumps(str(card["prompt"]), ensure_ascii=False),
+        exact=" ".join(filter(None, [_EXACT if card["exact"] else _INEXACT, _sentence(card.get("note"))])),
+    )
+
+
 def model_card(card: Mapping[str, Any]) -> str:
     """The text of README.md.
 
@@ -181,6 +213,7 @@ def model_card(card: Mapping[str, Any]) -> str:
                 note (optional): what `diffusers_scheduler` has to say about it
             parity: as in manifest.json
             prompt: an example
+            single_graph (optional): {input: shape} of pipeline.onnx, where the bundle is that
             license: an identifier, or None; license_note: sentences
             hypersd, created: as in manifest.json
 
@@ -196,13 +229,8 @@ def model_card(card: Mapping[str, Any]) -> str:
         prompt_shell="'" + prompt.replace("'", "'\\''") + "'",
         prompt_python=json.dumps(prompt, ensure_ascii=False),
         plans=_plans(card["entries"]),
-        table_note=_table_note(card["entries"]),
-        optimum=_OPTIMUM.format(
-            scheduler=card["scheduler"],
-            call=card["call"],
-            prompt_python=json.dumps(prompt, ensure_ascii=False),
-            exact=" ".join(filter(None, [_EXACT if card["exact"] else _INEXACT, _sentence(card.get("note"))])),
-        ),
+        table_note=_table_note(card["entries"], single_graph=bool(card.get("single_graph"))),
+        elsewhere=_elsewhere(card),
         parity=_parity(card["parity"]),
         licence=card["license_note"],
     )

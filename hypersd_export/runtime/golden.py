@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hypersd_export.diffusion.noise import philox_normal
 from hypersd_export.diffusion.plan import GuidanceKind
 from hypersd_export.errors import BundleError
-from hypersd_export.runtime.result import Float, Guide
+from hypersd_export.runtime.result import Float
 
 if TYPE_CHECKING:
     from hypersd_export.runtime.pipeline import Pipeline
@@ -114,10 +114,6 @@ def reproduce(pipeline: "Pipeline") -> GoldenReport:
         weight = entry.plan.guidance.scale if golden["guidance"] is None else float(golden["guidance"])
     ids = [pipeline.tokenizer.encode(text) for text in texts.values()]
     ids_equal = all(np.array_equal(mine, _array(folder, name, (1, -1))) for mine, name in zip(ids, texts, strict=True))
-    states = pipeline.encode(ids)
-    guide = Guide(
-        cond=states[-1], uncond=None if weight is None else states[0], weight=1.0 if weight is None else weight
-    )
     shape = pipeline.latent_shape
     noise = _array(folder, "initial_noise.npy", (1, *shape)).astype(np.float32)
     streams = entry.table.noise_streams
@@ -125,10 +121,10 @@ def reproduce(pipeline: "Pipeline") -> GoldenReport:
     if streams:
         stored = _array(folder, "step_noise.npy", (len(streams), 1, *shape)).astype(np.float32)
         fresh = dict(zip(streams, stored, strict=True))
-    latents = pipeline.sample(entry, np.float32(entry.table.init_noise_sigma) * noise, guide, fresh.__getitem__)
+    latents, pixels = pipeline.draw(entry, ids, weight, noise, fresh.__getitem__)
     expected = _array(folder, "latents.npy", latents.shape)
     return GoldenReport(
-        psnr_db=psnr(pipeline.decode(latents)[0], _picture(folder / golden["expected"])),
+        psnr_db=psnr(pixels[0], _picture(folder / golden["expected"])),
         min_psnr_db=float(golden["min_psnr_db"]),
         latents_max_abs=float(np.abs(latents - expected).max()),
         noise_max_abs=_noise_difference(golden, {0: noise, **fresh}),

@@ -7,7 +7,8 @@
     pixels = vae_decoder(x / scaling_factor)
 
 Image i of a seed has the noise of (seed, i), so it is the same picture however many are made with it. The graphs have
-a batch size of their own; images are put through in groups of that size, the last one filled up.
+a batch size of their own; images are put through in groups of that size, the last one filled up. A bundle whose
+pipeline is one graph (`pipeline.onnx`) does all of this in one call of it.
 """
 
 import json
@@ -29,9 +30,12 @@ from hypersd_export.diffusion.planfile import PlanEntry, PlanFile
 from hypersd_export.diffusion.sampling import run, start_sample
 from hypersd_export.diffusion.table import start_row
 from hypersd_export.errors import BundleError, HypersdError, OptionError, PlanError
+from hypersd_export.runtime.groups import groups
 from hypersd_export.runtime.images import to_image, to_sample, to_uint8
 from hypersd_export.runtime.onnx import Graph, open_graph, resolve_provider
 from hypersd_export.runtime.result import Float, Guide, Result
+from hypersd_export.runtime.single import FILE_NAME as SINGLE_FILE
+from hypersd_export.runtime.single import SingleGraph
 from hypersd_export.runtime.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -59,6 +63,7 @@ class Pipeline:
     batch: int = 1
     """Images at once where the graphs leave that open."""
     _graphs: dict[str, Graph] = field(default_factory=dict)
+    _single: SingleGraph | None = None
     _tokenizer: Tokenizer | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -101,6 +106,8 @@ class Pipeline:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of one image."""
+        if self.is_single_graph:
+            return self._whole().latent_shape
         shape = self._graph("unet").inputs["sample"].shape[1:]
         config = self._config("unet")
         size = config.get("sample_size")
@@ -152,22 +159,27 @@ class Pipeline:
         weight = self._weight(entry, guidance, negative_prompt)
         if num_images < 1:
             raise OptionError(f"num_images {num_images}: must be at least 1")
+        if init_image is not None and self.is_single_graph:
+            raise OptionError("an initial image: a single graph starts from noise; export without --single-graph")
         start = 0 if init_image is None else self._start(entry, strength)
         self._seconds = {}
-        guide = self._guide(prompt, negative_prompt, weight)
-        with self._timed("unet"):  # it is loaded here
+        texts = [prompt] if weight is None else [negative_prompt, prompt]
+        with self._timed("pipeline" if self.is_single_graph else "text_encoder"):
+            ids = [self.tokenizer.encode(text) for text in texts]
+        with self._timed("pipeline" if self.is_single_graph else "unet"):  # it is loaded here
             shape = self.latent_shape
         noise = self._initial_noise(seed, num_images, noise)
-        if init_image is None:
-            x = np.float32(entry.table.init_noise_sigma) * noise
-        else:
-            x = start_sample(entry.table, start=start, latents=self._image_latents(init_image), noise=noise)
 
         def fresh(stream: int) -> Float:
             return np.stack([step_noise(seed=seed, index=i, step=stream, shape=shape) for i in range(num_images)])
 
-        latents = self.sample(entry, x.astype(np.float32), guide, fresh, start=start)
-        pixels = self.decode(latents)
+        if init_image is None:
+            latents, pixels = self.draw(entry, ids, weight, noise, fresh)
+        else:
+            guide = self._guide(ids, weight)
+            x = start_sample(entry.table, start=start, latents=self._image_latents(init_image), noise=noise)
+            latents = self.sample(entry, x.astype(np.float32), guide, fresh, start=start)
+            pixels = self.decode(latents)
         return Result(
             images=[to_image(image) for image in pixels],
             latents=latents,
@@ -184,16 +196,38 @@ class Pipeline:
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer, at the length that the text encoder reads."""
         if self._tokenizer is None:
-            length = self._graph("text_encoder").inputs["input_ids"].shape[1]
+            if self.is_single_graph:
+                length: int | None = self._whole().tokens
+            else:
+                length = self._graph("text_encoder").inputs["input_ids"].shape[1]
             if length is None:
                 length = self._config("text_encoder").get("max_position_embeddings")
             self._tokenizer = load_tokenizer(self.path / "tokenizer", length=length)
         return self._tokenizer
 
-    def _guide(self, prompt: str, negative_prompt: str, weight: float | None) -> Guide:
+    @property
+    def is_single_graph(self) -> bool:
+        """Whether the bundle's pipeline is one graph."""
+        return (self.path / SINGLE_FILE).is_file()
+
+    def draw(
+        self, entry: PlanEntry, ids: Sequence[npt.NDArray[np.int64]], weight: float | None, noise: Float,
+        fresh: StepNoise,
+    ) -> tuple[Float, npt.NDArray[np.uint8]]:  # fmt: skip
+        """Latents [N, C, h, w] and pixels uint8 [N, H, W, 3] from noise [N, C, h, w].
+
+        ids: int64 [1, S] of the prompt, before it those of the negative prompt where there is a weight.
+        """
+        if self.is_single_graph:
+            with self._timed("pipeline"):
+                return self._whole().draw(ids, noise, entry.table, fresh)
+        x = np.float32(entry.table.init_noise_sigma) * noise
+        latents = self.sample(entry, x.astype(np.float32), self._guide(ids, weight), fresh)
+        return latents, self.decode(latents)
+
+    def _guide(self, ids: Sequence[npt.NDArray[np.int64]], weight: float | None) -> Guide:
         with self._timed("text_encoder"):
-            texts = [prompt] if weight is None else [negative_prompt, prompt]
-            states = self.encode([self.tokenizer.encode(text) for text in texts])
+            states = self.encode(ids)
         if weight is None:
             return Guide(cond=states[0], uncond=None, weight=1.0)
         return Guide(cond=states[1], uncond=states[0], weight=weight)
@@ -203,7 +237,7 @@ class Pipeline:
         graph = self._graph("text_encoder")
         rows = np.concatenate(ids)
         size = graph.inputs["input_ids"].shape[0] or len(rows)
-        states = [graph.run(input_ids=part)["last_hidden_state"] for part in _groups(rows, size)]
+        states = [graph.run(input_ids=part)["last_hidden_state"] for part in groups(rows, size)]
         return list(np.concatenate(states)[: len(rows)])
 
     def sample(self, entry: PlanEntry, x: Float, guide: Guide, fresh: StepNoise, *, start: int = 0) -> Float:
@@ -222,7 +256,7 @@ class Pipeline:
             states = np.repeat(np.stack([s for s in (guide.uncond, guide.cond) if s is not None]), size, axis=0)
 
             def net(scaled: Float, t: float) -> Float:
-                parts = [_denoise(graph, part, t, states, guide) for part in _groups(scaled, size)]
+                parts = [_denoise(graph, part, t, states, guide) for part in groups(scaled, size)]
                 return np.concatenate(parts)[: len(scaled)]
 
             latents: Float = run(entry.table, net, x, step_noise=fresh, start=start)
@@ -235,7 +269,7 @@ class Pipeline:
             scaled = latents / np.float32(self._value("vae_decoder", "scaling_factor"))
             scaled = scaled + np.float32(self._config("vae_decoder").get("shift_factor") or 0.0)
             size = graph.inputs["latent_sample"].shape[0] or min(self.batch, len(latents))
-            parts = [to_uint8(graph.run(latent_sample=part)["sample"]) for part in _groups(scaled, size)]
+            parts = [to_uint8(graph.run(latent_sample=part)["sample"]) for part in groups(scaled, size)]
             return np.concatenate(parts)[: len(latents)]
 
     def golden(self) -> "GoldenReport":
@@ -264,8 +298,13 @@ class Pipeline:
         """The weight of u + w (c - u), None without an unconditional branch."""
         plan = entry.plan.guidance
         if plan.kind is GuidanceKind.CFG:
-            if guidance is None:
+            if guidance is None or guidance == plan.scale:
                 return plan.scale
+            if self.is_single_graph:
+                raise OptionError(
+                    f"guidance {guidance}: {plan.scale:g} is a constant of this bundle's single graph; export with "
+                    "--guidance for another"
+                )
             try:
                 return Guidance.of(guidance).scale
             except PlanError as error:
@@ -299,6 +338,11 @@ class Pipeline:
             shift = np.float32(self._config("vae_decoder").get("shift_factor") or 0.0)
             latents: Float = (mean - shift) * np.float32(self._value("vae_decoder", "scaling_factor"))
             return latents
+
+    def _whole(self) -> SingleGraph:
+        if self._single is None:
+            self._single = SingleGraph.open(self.path, provider=self.provider, threads=self.threads)
+        return self._single
 
     def _graph(self, name: str) -> Graph:
         if name not in self._graphs:
@@ -334,13 +378,6 @@ def _denoise(graph: Graph, x: Float, t: float, states: Float, guide: Guide) -> F
         return cond
     mixed: Float = uncond + np.float32(guide.weight) * (cond - uncond)
     return mixed
-
-
-def _groups(rows: npt.NDArray[Any], size: int) -> Iterator[npt.NDArray[Any]]:
-    """Rows in groups of exactly `size`; the last one is filled up with copies of its last row."""
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
-        yield part if len(part) == size else np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
 
 
 def _read_object(path: Path) -> dict[str, Any]:

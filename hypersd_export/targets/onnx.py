@@ -8,7 +8,7 @@ are removed, and names are kept exactly. Weights stay in the file up to `EXTERNA
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ def build(
     if external is None:
         external = weight_bytes > EXTERNAL_DATA_BYTES
     save(model, folder, external=external)
-    check(folder / MODEL_FILE, graph)
+    check(folder / MODEL_FILE, list(graph.inputs), graph.output_names)
     return {
         "precision": precision,
         "opset": opset,
@@ -145,25 +145,37 @@ def _share_initializers(model: "onnx_ir.Model") -> None:
             del graph.initializers[value.name]
 
 
-def save(model: "onnx_ir.Model", folder: Path, *, external: bool) -> None:
+def save(
+    model: "onnx_ir.Model", folder: Path, *, external: bool, names: tuple[str, str] = (MODEL_FILE, DATA_FILE)
+) -> None:
     """Write `model.onnx`, and `model.onnx_data` if `external`; files of an earlier build go first."""
     import onnx_ir
 
-    for name in (MODEL_FILE, DATA_FILE):
+    for name in names:
         (folder / name).unlink(missing_ok=True)
+    file, data = names
     if external:
-        onnx_ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_TENSOR_BYTES)
+        onnx_ir.save(model, folder / file, external_data=data, size_threshold_bytes=EXTERNAL_TENSOR_BYTES)
     else:
-        onnx_ir.save(model, folder / MODEL_FILE)
+        onnx_ir.save(model, folder / file)
 
 
-def check(path: Path, graph: Graph) -> None:
+def check(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """onnx's own checker by path (beyond 2 GB there is no other way), and what it does not notice: names."""
     import onnx
 
     onnx.checker.check_model(path, full_check=True)
-    model = onnx.load(path, load_external_data=False)
-    names = [node.name for node in model.graph.node]
+    graph = onnx.load(path, load_external_data=False).graph
+    names = [node.name for node in _all_nodes(graph)]
     assert len(names) == len(set(names)), "onnxruntime wants unique node names"
-    assert [value.name for value in model.graph.input] == list(graph.inputs), "input names as asked"
-    assert [value.name for value in model.graph.output] == list(graph.output_names), "output names as asked"
+    assert [value.name for value in graph.input] == list(inputs), "input names as asked"
+    assert [value.name for value in graph.output] == list(outputs), "output names as asked"
+
+
+def _all_nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a GraphProto and of the bodies of its loops and branches."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _all_nodes(attribute.g)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypersd_export.graphs.spec import Shapes
+from hypersd_export.graphs.spec import Component, Shapes
 from hypersd_export.verify.source import SourceRequest
 
 
@@ -15,13 +15,15 @@ class VerifyRequest:
     """One verification.
 
     source, digests: what was exported, opened again, and the digests that it must still have.
-    bundle: a folder with the components, the tokenizer and plan.json. out: a folder for golden/ and report.json.
+    bundle: a folder with the tokenizer, plan.json and what draws pictures; components: the folder of each component's
+    graph, wherever it lies. out: a folder for golden/ and report.json.
     compare: False makes the golden files (by torch) and compares nothing.
     """
 
     source: SourceRequest
     digests: Mapping[str, Any]
     bundle: Path
+    components: Mapping[Component, Path]
     out: Path
     shapes: Shapes
     precision: str
@@ -37,6 +39,7 @@ class VerifyRequest:
             "source": self.source.to_json(),
             "digests": dict(self.digests),
             "bundle": str(self.bundle),
+            "components": {component.value: str(folder) for component, folder in self.components.items()},
             "out": str(self.out),
             "shapes": self.shapes.to_json(),
             "precision": self.precision,
@@ -55,6 +58,7 @@ class VerifyRequest:
                 **data,
                 "source": SourceRequest.from_json(data["source"]),
                 "bundle": Path(data["bundle"]),
+                "components": {Component(name): Path(folder) for name, folder in data["components"].items()},
                 "out": Path(data["out"]),
                 "shapes": Shapes(**data["shapes"]),
             }

@@ -73,7 +73,7 @@ class Verification:
         from hypersd_export.runtime.onnx import open_graph
 
         self.progress(f"{self.request.provider}: {component}")
-        return open_graph(self.request.bundle / component / "model.onnx", provider=self.request.provider)
+        return open_graph(self.request.components[component] / "model.onnx", provider=self.request.provider)
 
 
 def verify(request: VerifyRequest, progress: Progress = lambda _: None) -> dict[str, Any]:
@@ -224,6 +224,8 @@ def _vae(run: Verification) -> None:
     gate, graph = run.gate(Component.VAE_DECODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_DECODER)
     for name, z in codes.items():
         gate.compare(graph.run(latent_sample=z)["sample"], decoded[name], f"for {name}")
+    if Component.VAE_ENCODER not in request.components:
+        return
     gate, graph = run.gate(Component.VAE_ENCODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_ENCODER)
     for name, view in views.items():
         halves = zip(

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,13 @@ def test_its_own_lora_is_the_default_and_can_be_left_away(card):
         default_loras(ExportSpec(plan=PlanFlags(steps=(25,))))
     with pytest.raises(OptionError, match=r"--steps 2,8: each built-in LoRA is for its own step count"):
         default_loras(ExportSpec(plan=PlanFlags(steps=(2, 8))))
+    card["unified"] = "all.safetensors"
+    (path,) = default_loras(ExportSpec(plan=PlanFlags(steps=(2, 8))))
+    assert Path(path).name == "all.safetensors"
+    (path,) = default_loras(ExportSpec(plan=PlanFlags(steps=(2, 3))))  # one of their own serves both
+    assert Path(path).name == "three.safetensors"
+    with pytest.raises(OptionError, match="--steps 2,1: "):
+        default_loras(ExportSpec(plan=PlanFlags(steps=(2, 1))))
     with pytest.raises(OptionError, match="--steps 1: "):
         default_loras(ExportSpec(plan=PlanFlags(timesteps=(999,))))
 

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from hypersd_export.errors import BundleError, HypersdError, ModelError, ParityError
 from hypersd_export.export import export
-from hypersd_export.graphs.spec import Shapes
+from hypersd_export.graphs.spec import Component, Shapes
 from hypersd_export.verify import process, worker
 from hypersd_export.verify.process import run_verification
 from hypersd_export.verify.request import VerifyRequest
@@ -33,6 +33,7 @@ def request_for(tiny_base, exported, tmp_path):
         source=source,
         digests=open_source(source).digests,
         bundle=bundle,
+        components={component: bundle / component for component in Component},
         out=tmp_path / "out",
         shapes=Shapes(**exported.manifest.options["shapes"]),
         precision="fp32",

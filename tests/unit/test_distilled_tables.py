@@ -235,7 +235,7 @@ def test_its_own_sampler_is_the_plan_of_the_file_for_so_many_steps(tmp_path):
         ({"steps": [0]}, OptionError, r"steps \[0\]"),
         ({"steps": [4, 4]}, OptionError, "must not repeat"),
         ({"seed": -1}, OptionError, "seed -1"),
-        ({"table": "both"}, OptionError, "table 'both' must be stages or one_lora"),
+        ({"table": "both"}, OptionError, "table 'both': must be one of stages, one_lora, real"),
         ({"label": ""}, OptionError, "label a text"),
         ({"updates": 99}, OptionError, r"updates 99: k4\.safetensors says 100; leave updates out"),
         ({"updates": "many"}, OptionError, "updates 'many': must be a whole number"),

@@ -1,0 +1,80 @@
+"""A bundle's `pipeline.onnx`: prompt ids and noise in, pixels out, in one call of onnxruntime.
+
+The schedule and the guidance are constants of the graph, so there is nothing here that could be set wrongly. Inputs:
+`input_ids`, `negative_input_ids` under CFG, `noise`, and `step_noise` where the plan adds noise.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hypersd_export.diffusion.table import StepTable
+from hypersd_export.errors import BundleError
+from hypersd_export.runtime.groups import groups
+from hypersd_export.runtime.onnx import Graph, open_graph
+from hypersd_export.runtime.result import Float
+
+FILE_NAME = "pipeline.onnx"
+INPUTS = {"input_ids", "negative_input_ids", "noise", "step_noise"}
+OUTPUTS = {"image", "latents"}
+
+
+@dataclass(frozen=True, slots=True)
+class SingleGraph:
+    """The loaded graph, whose inputs and outputs are those that we know."""
+
+    graph: Graph
+
+    @classmethod
+    def open(cls, bundle: Path, *, provider: str, threads: int | None) -> "SingleGraph":
+        """Load it; BundleError for a graph with other inputs or outputs, or of no fixed shape."""
+        graph = open_graph(bundle / FILE_NAME, provider=provider, threads=threads)
+        inputs = set(graph.inputs)
+        odd = (inputs - INPUTS) | ({"input_ids", "noise"} - inputs) | (OUTPUTS ^ set(graph.outputs))
+        free = {name for name, tensor in graph.inputs.items() if None in tensor.shape}
+        if odd or free:
+            names = ", ".join(sorted(odd | free))
+            raise BundleError(f"{bundle / FILE_NAME} does not fit this version ({names}): export the bundle again")
+        return cls(graph)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image's latents."""
+        channels, height, width = self._shape("noise")[1:]
+        return channels, height, width
+
+    @property
+    def tokens(self) -> int:
+        """Length of a row of prompt ids."""
+        return self._shape("input_ids")[1]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size for size in self.graph.inputs[name].shape if size is not None)
+
+    def draw(
+        self, ids: Sequence[npt.NDArray[np.int64]], noise: Float, table: StepTable, fresh: Callable[[int], Float]
+    ) -> tuple[Float, npt.NDArray[np.uint8]]:
+        """Latents [N, C, h, w] and pixels uint8 [N, H, W, 3] for noise [N, C, h, w].
+
+        ids: int64 [1, S] of the prompt, before it those of the negative prompt under CFG. fresh: stream → noise like
+        `noise`. BundleError if graph and plan.json differ in their inputs.
+        """
+        size, streams = self._shape("noise")[0], table.noise_streams
+        names = ["input_ids"] if len(ids) == 1 else ["negative_input_ids", "input_ids"]
+        fixed = {name: np.repeat(row, size, axis=0) for name, row in zip(names, ids, strict=True)}
+        wanted = {*names, "noise", *(["step_noise"] if streams else [])}
+        if wanted != set(self.graph.inputs):
+            raise BundleError(f"{self.graph.path} and plan.json are of two exports: export the bundle again")
+        parts = [list(groups(noise, size))]
+        parts += [list(groups(fresh(stream), size)) for stream in streams]
+        latents, pixels = [], []
+        for first, *others in zip(*parts, strict=True):
+            feeds = {**fixed, "noise": first} | ({"step_noise": np.stack(others)} if others else {})
+            outputs = self.graph.run(**feeds)
+            latents.append(outputs["latents"])
+            pixels.append(outputs["image"])
+        count = len(noise)
+        return np.concatenate(latents)[:count], np.concatenate(pixels)[:count]
