@@ -59,10 +59,12 @@ class Bench:
     captions: what is measured; varied: captions that name a concept alone, for diversity, in VARIETY pictures each.
     """
 
-    def __init__(self, model: Path, judge: Judge, judge_digest: str, cache: FeatureCache, count: int) -> None:
+    def __init__(
+        self, model: Path, judge: Judge, judge_digest: str, cache: FeatureCache, count: int, *, bf16: bool = False
+    ) -> None:
         if count < 2:
             raise OptionError(f"--count {count}: must be at least 2")
-        self.parts, self.base = Parts.load(model), open_base(model).digest
+        self.parts, self.base = Parts.load(model, bf16=bf16), open_base(model).digest
         self.judge, self.judge_digest, self.cache, self.count = judge, judge_digest, cache, count
         self.captions = held_out_prompts(count)
         key = {"question": digest_json(self.captions), "seed": PROMPT_SEED, "judge": judge_digest}
@@ -97,7 +99,7 @@ class Bench:
         return {
             "base": self.base, "lora": None if lora is None else lora.digest, "plan": plan.to_json(),
             "captions": digest_json(self.captions if captions is None else captions), "first_seed": first_seed,
-            "judge": self.judge_digest, "sampler": SAMPLER,
+            "judge": self.judge_digest, "sampler": [SAMPLER, "bf16"] if self.parts.bf16 else SAMPLER,
         }  # fmt: skip
 
     def _features(
@@ -239,7 +241,8 @@ def _circumstances(bench: Bench) -> dict[str, Any]:
     return {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
-        "base": bench.base, "judge": bench.judge_digest, "teacher_guidance": guidance_of_base(),
+        "unet": "bfloat16 autocast" if bench.parts.bf16 else "float32", "base": bench.base,
+        "judge": bench.judge_digest, "teacher_guidance": guidance_of_base(),
         "prompts": bench.count, "prompt_seed": PROMPT_SEED, "bootstrap_rounds": ROUNDS,
         "diversity": {"prompts": len(bench.varied), "pictures_each": VARIETY, "first_seed": VARIETY_SEED},
         "first_seed": PICTURES_SEED, "reference_first_seed": REFERENCE_SEED,
@@ -262,7 +265,7 @@ def _preface(data: dict[str, Any]) -> str:
         "trained row of a column; †: its paired difference to the best has 0 in the 95 % interval. ±: standard "
         "deviation over training seeds (their number). Updates: student updates, earlier stages included, by column "
         "where they differ.\n\n"
-        f"Judge {data['judge'][:12]}, base {data['base'][:12]}; {versions}; {data['machine']}."
+        f"Judge {data['judge'][:12]}, base {data['base'][:12]}; UNet in {data['unet']}; {versions}; {data['machine']}."
     )
 
 
@@ -283,12 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=default_cache_dir() / "distilled")
     parser.add_argument("--model", type=Path, default=model_dir())
     parser.add_argument("--judge", type=Path, default=WEIGHTS)
+    parser.add_argument("--bf16", action="store_true", help="the UNet under bfloat16 autocast, for speed")
     parser.add_argument("--grids-only", action="store_true", help="the sheets of pictures and no figures")
     options = parser.parse_args(arguments)
     try:
         contestants = read_contestants(options.contestants, options.runs)
         digest, cache = judge_digest(options.judge), FeatureCache(options.cache)
-        bench = Bench(options.model, Judge(options.judge), digest, cache, options.count)
+        bench = Bench(options.model, Judge(options.judge), digest, cache, options.count, bf16=options.bf16)
         options.out.mkdir(parents=True, exist_ok=True)
         for table in Table:
             if any(c.table is table for c in contestants):

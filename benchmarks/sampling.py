@@ -1,4 +1,4 @@
-"""A pipeline's parts in float32, sampled by any few-step plan, and sheets of its pictures."""
+"""A pipeline's parts, sampled by any few-step plan, and sheets of its pictures."""
 
 import copy
 from collections.abc import Sequence
@@ -26,15 +26,20 @@ SAMPLER = 1
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """UNet, VAE, text encoder and tokenizer of a Stable Diffusion pipeline."""
+    """UNet, VAE, text encoder and tokenizer of a Stable Diffusion pipeline, all in float32.
+
+    bf16: the UNet's matrix products and convolutions run in bfloat16 (autocast), twice as fast on many CPUs; latents,
+    the plan's arithmetic, text states and decoding stay in float32.
+    """
 
     unet: Any
     vae: Any
     text_encoder: Any
     tokenizer: Any
+    bf16: bool = False
 
     @classmethod
-    def load(cls, folder: Path) -> "Parts":
+    def load(cls, folder: Path, *, bf16: bool = False) -> "Parts":
         """From a diffusers folder."""
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -45,6 +50,7 @@ class Parts:
             AutoencoderKL.from_pretrained(folder, subfolder="vae", **kind).eval(),
             CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **kind).eval(),
             CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            bf16,
         )
 
     def with_lora(self, lora: LoraFile) -> "Parts":
@@ -85,9 +91,11 @@ class Parts:
         context = states if empty is None else torch.cat([empty.expand_as(states), states])
 
         def net(x: Any, t: float) -> Any:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+                out = self.unet(x if empty is None else torch.cat([x, x]), torch.tensor(t), context).sample.float()
             if empty is None:
-                return self.unet(x, torch.tensor(t), context).sample
-            uncond, cond = self.unet(torch.cat([x, x]), torch.tensor(t), context).sample.chunk(2)
+                return out
+            uncond, cond = out.chunk(2)
             return uncond + plan.guidance.scale * (cond - uncond)
 
         def fresh(stream: int) -> Any:

@@ -339,17 +339,18 @@ def test_packages_that_are_not_installed_are_named(tiny_base, tmp_path, monkeypa
 def test_target_share_is_the_mean_over_all_draws():
     from trainer.losses.tscd import Grid, draw_indices
 
-    for method in METHODS:
-        config = with_method(builtin(), method)
+    for method, share in (*((method, 0.0) for method in METHODS), ("tscd", 0.6)):
+        config = replace(with_method(builtin(), method), edge_share=share)
         for stage in config.stages:
             grid = Grid.of(torch.linspace(1, 0, 1000), points=stage.points, segments=stage.segments)
-            drawn = draw_indices(200_000, grid, config.end, torch.Generator().manual_seed(0))
+            drawn = draw_indices(200_000, grid, config.end, torch.Generator().manual_seed(0), share)
             moved = drawn.start > 1 if method == "lcm" else drawn.end < drawn.start - 1
             assert target_share(config, stage) == pytest.approx(float(moved.double().mean()), abs=4e-3)
 
 
 def test_passes_per_step():
     config = replace(builtin(), adversarial=AdversarialConfig(real=Real.TEACHER_MULTISTEP))
+    config = replace(config, stages=(*config.stages[:3], replace(config.stages[3], w_adv=0.1)))
     first, last = passes(config, config.stages[0]), passes(config, config.stages[3])
     assert (first["teacher"], first["target"]) == (2, pytest.approx(target_share(config, config.stages[0]), abs=1e-4))
     assert "teacher_multistep" not in first

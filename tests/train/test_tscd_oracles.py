@@ -541,6 +541,22 @@ def test_the_expected_share_of_target_rows(segments, points, share):
     assert float((drawn.end < drawn.start - 1).double().mean()) == pytest.approx(share, abs=0.01)
 
 
+def test_the_edge_share_moves_random_ends_to_the_edge_and_nothing_else():
+    grid, count = _grid(2, 16), 20_000
+
+    def drawn(end, share):
+        return draw_indices(count, grid, end, torch.Generator().manual_seed(3), share)
+
+    plain, edge = drawn(End.RANDOM, 0.0), drawn(End.EDGE, 0.0)
+    assert torch.equal(drawn(End.RANDOM, 1.0).end, edge.end)
+    mixed = drawn(End.RANDOM, 0.4)
+    assert torch.equal(mixed.start, plain.start)
+    moved = mixed.end != plain.end
+    assert torch.equal(mixed.end[moved], edge.end[moved])
+    free = plain.end != edge.end
+    assert float(moved[free].double().mean()) == pytest.approx(0.4, abs=0.015)
+
+
 # Indices, levels, timesteps.
 
 

@@ -109,9 +109,8 @@ def target_share(config: DistillConfig, stage: StageConfig) -> float:
     low, high = target_range(start, stage.points, stage.segments)
     if config.boundary is Boundary.LCM:
         return float((start > 1).double().mean())
-    if config.end is End.EDGE:
-        return float((low < high).double().mean())
-    return float((1 - 1 / (high - low + 1).double()).mean())
+    edge = 1.0 if config.end is End.EDGE else config.edge_share
+    return float((edge * (low < high).double() + (1 - edge) * (1 - 1 / (high - low + 1).double())).mean())
 
 
 def memory(config: DistillConfig, rehearsal: Rehearsal, shapes: Shapes) -> dict[str, Any]:

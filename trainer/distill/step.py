@@ -91,7 +91,7 @@ class DistillStep:
         key = f"{config.seed}/{self.number}/{step}"
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
         grid = Grid.of(self.alphas.cpu(), points=self.stage.points, segments=self.stage.segments)
-        indices = draw_indices(count, grid, config.end, generator)
+        indices = draw_indices(count, grid, config.end, generator, config.edge_share)
         noise, critic_noise, data_noise = torch.randn(3, count, *shape, generator=generator)
         offset, data_offset = config.offset_noise * torch.randn(2, count, shape[0], 1, 1, generator=generator)
         low, high = config.guidance

@@ -81,12 +81,19 @@ class Indices:
         return Indices(self.start[index], self.end[index])
 
 
-def draw_indices(count: int, grid: Grid, end: End, generator: torch.Generator) -> Indices:
-    """i_n uniform in 1 … N (the paper: t_1 … t_{N−1} of its N points), i_end uniform in [i_b, i_n − 1], inclusive."""
+def draw_indices(
+    count: int, grid: Grid, end: End, generator: torch.Generator, edge_share: float = 0.0
+) -> Indices:  # fmt: skip
+    """i_n uniform in 1 … N (the paper: t_1 … t_{N−1} of its N points), i_end uniform in [i_b, i_n − 1], inclusive.
+
+    edge_share (ours): the probability that a random end is i_b instead, where the stage's few-step samplers land.
+    """
     start = torch.randint(1, grid.points + 1, (count,), generator=generator)
     low, high = target_range(start, grid.points, grid.segments)
     share = torch.rand(count, generator=generator, dtype=torch.float64)
     drawn = low + torch.floor(share * (high - low + 1)).long()
+    if edge_share:
+        drawn = torch.where(torch.rand(count, generator=generator) < edge_share, low, drawn)
     return Indices(start, low if end is End.EDGE else drawn)
 
 
