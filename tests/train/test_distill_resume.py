@@ -13,7 +13,7 @@ from hypersd_export.errors import DataError, DestinationError, OptionError
 from tests.train.small_run import STEPS, finish, log, loras, opened, small_config, start
 from trainer.config import as_json
 from trainer.distill import snapshot
-from trainer.distill.resume import check_config
+from trainer.distill.resume import check_config, open_run
 from trainer.distill.run import Distillation
 from trainer.distill.snapshot import Place, Snapshot, checkpoints, load_snapshot, newest, save_snapshot
 
@@ -288,6 +288,12 @@ def test_a_changed_base_is_refused(done, monkeypatch):
     monkeypatch.setattr(type(other), "digest", property(lambda self: "0" * 64))
     with pytest.raises(DataError, match="another base"):
         list(Distillation(config, out, base=other, source=source).run())
+
+
+def test_the_write_test_of_another_process_is_no_strangers_file(tiny_base, tmp_path):
+    (tmp_path / ".write-test-1").write_bytes(b"x")
+    assert open_run(tmp_path, small_config(tiny_base), "latest") is None
+    assert [path.name for path in tmp_path.iterdir()] == [".write-test-1"]
 
 
 def test_folders_that_are_no_place_for_a_run(done, tmp_path_factory):

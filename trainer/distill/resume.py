@@ -12,6 +12,7 @@ from trainer.distill.config import DistillConfig
 from trainer.distill.snapshot import FOLDER, Place, Snapshot, load_snapshot, newest, refusal, writing
 
 RUN = "run.json"
+PROBE = ".write-test-"
 FREE = {
     "save_every", "keep", "validate_every", "validation_prompts", "log_with", "micro_batch", "gradient_checkpointing",
     "data.cache",
@@ -26,7 +27,8 @@ def open_run(out: Path, config: DistillConfig, resume: str) -> Snapshot | None:
     another run's folder and for a changed configuration, which names the keys; DataError for a damaged checkpoint;
     DestinationError if `out` cannot be written.
     """
-    present = {path.name for path in _listing(out)}
+    # another process of this run may be at its own write test, or have been killed in it
+    present = {path.name for path in _listing(out) if not path.name.startswith(PROBE)}
     stored = RUN in present or (out / FOLDER).exists()
     if resume == "never" and stored:
         raise OptionError(f"--out {out} has a run already; take --resume latest to go on, or another folder")
@@ -80,7 +82,7 @@ def _listing(out: Path) -> list[Path]:
 
 
 def _check_writable(out: Path) -> None:
-    probe = out / f".write-test-{os.getpid()}"
+    probe = out / f"{PROBE}{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
