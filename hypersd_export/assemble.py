@@ -15,9 +15,10 @@ from hypersd_export.graphs.spec import Component
 from hypersd_export.job import Job
 from hypersd_export.plan_choice import describe
 from hypersd_export.spec import BUILTIN
+from hypersd_export.targets.onnx_pipeline import PIPELINE_DATA_FILE, PIPELINE_FILE
 
 COMPONENT_FILES = ("model.onnx", "model.onnx_data", "config.json")
-SINGLE_FILES = ("pipeline.onnx", "pipeline.onnx_data")
+SINGLE_FILES = (PIPELINE_FILE, PIPELINE_DATA_FILE)
 
 
 def assemble(job: Job, components: Mapping[Component, Path], bundle: Path, *, single: Path | None = None) -> None:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 PIPELINE_FILE = "pipeline.onnx"
 PIPELINE_DATA_FILE = "pipeline.onnx_data"
 PARTS = (Component.TEXT_ENCODER, Component.UNET, Component.VAE_DECODER)
-COLUMNS = ("t", "k", "a", "b", "c")
-"""What a step needs of a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,10 +159,6 @@ class _Composer:
         import onnx_ir
 
         rows = self._wiring.table.rows
-        columns = {
-            name: self._constant(f"rows.{name}", np.asarray([getattr(row, name) for row in rows], np.float32))
-            for name in COLUMNS
-        }
         streams = self._wiring.table.noise_streams
         place = [streams.index(n) if n in streams else 0 for n in range(1, len(rows) + 1)]
         places = self._constant("rows.noise", np.asarray(place, np.int64)) if streams else None
@@ -176,7 +170,8 @@ class _Composer:
         before = self._input("x", onnx_ir.DataType.FLOAT, self._wiring.latent_shape)
 
         def value(name: str) -> Any:
-            return self._op("Gather", columns[name], number, axis=0)
+            column = np.asarray([getattr(row, name) for row in rows], np.float32)
+            return self._op("Gather", self._constant(f"rows.{name}", column), number, axis=0)
 
         def noise() -> Any:
             return self._op("Gather", fresh, self._op("Gather", places, number, axis=0), axis=0)

@@ -122,6 +122,8 @@ def test_a_plan_without_guidance_and_noise_has_neither_input(tiny_spec, exported
     body = next(n for n in onnx_ir.load(done.path / "pipeline.onnx").graph if n.op_type == "Loop").attributes["body"]
     kinds = [node.op_type for node in body.as_graph()]
     assert "Split" not in kinds or kinds.count("Gather") <= 4  # t, a and b of the row; k is 1 throughout
+    rows = {value.name for node in body.as_graph() for value in node.inputs if value and value.name.startswith("rows.")}
+    assert rows == {"rows.t", "rows.a", "rows.b"}
     with pytest.raises(OptionError, match="a negative prompt has no effect"):
         graph(PROMPT, negative_prompt="a dog")
 
