@@ -58,7 +58,12 @@ def generate(
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
     init_image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far to leave --init-image, 0 to 1; 0.6.")] = None,
-    provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt, coreml, directml, openvino, …")] = "cpu",
+    runtime: Annotated[
+        str | None, typer.Option(help="onnx, tensorrt or coreml; the bundle's first target if not given.")
+    ] = None,
+    provider: Annotated[
+        str | None, typer.Option(help="onnxruntime's: cpu (the default), cuda, tensorrt, coreml, directml, openvino, …")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; one per core if not given.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="A .png file (replaced if there), or a folder; the current one.")
@@ -83,7 +88,7 @@ def generate(
             check_out(request)
         from hypersd_export.runtime.pipeline import Pipeline
 
-        pipeline = Pipeline.from_bundle(bundle, provider=provider, check=check, threads=threads)
+        pipeline = Pipeline.from_bundle(bundle, runtime=runtime, provider=provider, check=check, threads=threads)
         opened = time.perf_counter() - began
         if golden:
             _golden(pipeline, as_json)
@@ -161,10 +166,10 @@ def check_out(request: Request) -> None:
 @contextmanager
 def _warnings_as_lines(collected: list[str]) -> Iterator[None]:
     """Print our own warnings as one line on stderr each, and collect them."""
-    from hypersd_export.runtime.tokenizer import PromptTruncated
+    from hypersd_export.runtime.graph import Notice
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", PromptTruncated)
+        warnings.simplefilter("always", Notice)
         usual = warnings.showwarning
 
         def show(
@@ -175,7 +180,7 @@ def _warnings_as_lines(collected: list[str]) -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if not issubclass(category, PromptTruncated):
+            if not issubclass(category, Notice):
                 usual(message, category, filename, lineno, file, line)
                 return
             collected.append(str(message))
@@ -264,6 +269,7 @@ def _report(
     return {
         "bundle": str(pipeline.path),
         "bundle_digest": pipeline.digest,
+        "runtime": pipeline.runtime.name,
         "provider": pipeline.provider,
         "prompts": list(request.prompts),
         "negative_prompt": request.negative_prompt,
@@ -296,7 +302,10 @@ def _golden(pipeline: "Pipeline", as_json: bool) -> None:
     else:
         typer.echo(report.line())
     if not report.passed:
-        typer.echo("error: the golden picture is not reproduced: use another --provider, or export again", err=True)
+        typer.echo(
+            "error: the golden picture is not reproduced: use another --runtime or --provider, or export again",
+            err=True,
+        )
         raise typer.Exit(1)
 
 

@@ -4,8 +4,9 @@ Results are fresh arrays: `run` neither binds nor reuses buffers, because a UNet
 buffer overwrites the latents that the step still needs.
 """
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hypersd_export.errors import BundleError, MissingBackend, OptionError
+from hypersd_export.runtime.graph import Array, Run, Tensor, as_input
 
+PIPELINE_FILE = "pipeline.onnx"
+"""The whole pipeline as one graph."""
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -33,19 +37,9 @@ _DTYPES: dict[str, Any] = {
     "tensor(int32)": np.int32,
 }
 
-Array = npt.NDArray[Any]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tensor:
-    """An input or output of a graph; a dimension that is not fixed is None."""
-
-    shape: tuple[int | None, ...]
-    dtype: Any
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Graph:
+class OnnxGraph:
     """A loaded ONNX graph."""
 
     path: Path
@@ -59,12 +53,48 @@ class Graph:
         Raises:
             BundleError: onnxruntime refuses the inputs or fails inside, which means that the bundle does not fit.
         """
-        arrays = {name: np.asarray(value, dtype=self.inputs[name].dtype, order="C") for name, value in feeds.items()}
+        arrays = {name: as_input(value, self.inputs[name]) for name, value in feeds.items()}
         try:
             outputs = self.session.run(None, arrays)
         except Exception as error:  # onnxruntime's own types, which share no base class
             raise BundleError(f"{self.path} failed: {_first_line(error)}") from error
         return dict(zip(self.outputs, outputs, strict=True))
+
+    def fixed(self, **feeds: npt.ArrayLike) -> Run:
+        """`run` with these inputs given once and for all."""
+        return functools.partial(self.run, **feeds)
+
+
+@dataclass(kw_only=True)
+class OnnxRuntime:
+    """A bundle's ONNX graphs in onnxruntime."""
+
+    path: Path
+    provider: str = "cpu"
+    threads: int | None = None
+    name: str = field(default="onnx", init=False)
+    _graphs: dict[Path, OnnxGraph] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        resolve_provider(self.provider)
+
+    @property
+    def is_single_graph(self) -> bool:
+        """Whether the bundle holds one `pipeline.onnx`."""
+        return (self.path / PIPELINE_FILE).is_file()
+
+    def graph(self, component: str) -> OnnxGraph:
+        """A component's graph; see `open_graph`."""
+        return self._open(self.path / component / "model.onnx")
+
+    def single(self) -> OnnxGraph:
+        """`pipeline.onnx`; see `open_graph`."""
+        return self._open(self.path / PIPELINE_FILE)
+
+    def _open(self, path: Path) -> OnnxGraph:
+        if path not in self._graphs:
+            self._graphs[path] = open_graph(path, provider=self.provider, threads=self.threads)
+        return self._graphs[path]
 
 
 def _first_line(error: Exception) -> str:
@@ -100,7 +130,7 @@ def resolve_provider(name: str) -> str:
     raise OptionError(f"provider {name!r} is not in this build of onnxruntime: it has {here}")
 
 
-def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None) -> Graph:
+def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None) -> OnnxGraph:
     """Load a model.onnx.
 
     Args:
@@ -131,7 +161,7 @@ def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None)
         raise BundleError(f"cannot load {path} on {provider}: {_first_line(error)}") from error
     if wanted not in session.get_providers():
         raise OptionError(f"provider {provider!r} does not start on this machine: check its driver, or use another")
-    return Graph(
+    return OnnxGraph(
         path=path,
         session=session,
         inputs={node.name: _tensor(node, path) for node in session.get_inputs()},

@@ -1,4 +1,4 @@
-"""The bundle as a callable: prompt in, pictures out. NumPy, onnxruntime and tokenizers; no torch, no scheduler.
+"""The bundle as a callable: prompt in, pictures out. No torch, no scheduler.
 
     ids = tokenizer(prompt)
     states = text_encoder(ids)
@@ -8,16 +8,15 @@
 
 Image i of a seed has the noise of (seed, i), so it is the same picture however many are made with it. The graphs have
 a batch size of their own; images are put through in groups of that size, the last one filled up. A bundle whose
-pipeline is one graph (`pipeline.onnx`) does all of this in one call of it.
+pipeline is one graph does all of this in one call of it. What runs the graphs is a `Runtime` (`runtime/graph.py`).
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +28,13 @@ from hypersd_export.diffusion.plan import Guidance, GuidanceKind
 from hypersd_export.diffusion.planfile import PlanEntry, PlanFile
 from hypersd_export.diffusion.sampling import run, start_sample
 from hypersd_export.diffusion.table import start_row
-from hypersd_export.errors import BundleError, HypersdError, OptionError, PlanError
+from hypersd_export.errors import BundleError, OptionError, PlanError
+from hypersd_export.runtime.folder import Folder
+from hypersd_export.runtime.graph import Run, Runtime
 from hypersd_export.runtime.groups import groups
 from hypersd_export.runtime.images import to_image, to_sample, to_uint8
-from hypersd_export.runtime.onnx import Graph, open_graph, resolve_provider
 from hypersd_export.runtime.result import Float, Guide, Result
-from hypersd_export.runtime.single import FILE_NAME as SINGLE_FILE
+from hypersd_export.runtime.runtimes import open_runtime
 from hypersd_export.runtime.single import SingleGraph
 from hypersd_export.runtime.tokenizer import Tokenizer, load_tokenizer
 
@@ -58,12 +58,9 @@ class Pipeline:
     path: Path
     plans: PlanFile
     digest: str
-    provider: str
-    threads: int | None = None
+    runtime: Runtime
     batch: int = 1
     """Images at once where the graphs leave that open."""
-    _graphs: dict[str, Graph] = field(default_factory=dict)
-    _single: SingleGraph | None = None
     _tokenizer: Tokenizer | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -72,7 +69,8 @@ class Pipeline:
         cls,
         path: str | Path,
         *,
-        provider: str = "cpu",
+        runtime: str | None = None,
+        provider: str | None = None,
         check: bool = True,
         threads: int | None = None,
         batch: int = 1,
@@ -81,14 +79,16 @@ class Pipeline:
 
         Args:
             path: the folder that `hypersd-export` wrote.
-            provider: a key of `hypersd_export.runtime.onnx.PROVIDERS`; never replaced by another.
+            runtime: what runs the graphs, one of the bundle's targets; the first of them if None.
+            provider: onnxruntime's, a key of `hypersd_export.runtime.onnx.PROVIDERS` ("cpu" if None); never replaced
+                by another.
             check: compare every file with its sha256 in the manifest first.
-            threads: for one operator; one per core if None.
+            threads: onnxruntime's, for one operator; one per core if None.
             batch: images at once where the graphs were exported with a free batch size.
 
         Raises:
             BundleError: no bundle, another version, a file that was changed, is missing or does not belong.
-            OptionError, MissingBackend: the provider.
+            OptionError, MissingBackend: the runtime or its provider.
         """
         bundle = Path(path)
         if not bundle.exists():
@@ -98,18 +98,28 @@ class Pipeline:
             verify_files(bundle, manifest)
         if batch < 1:
             raise OptionError(f"batch {batch}: must be at least 1")
-        resolve_provider(provider)
-        plans = _read_plans(bundle)
-        digest = bundle_digest(bundle)
-        return cls(path=bundle, plans=plans, digest=digest, provider=provider, threads=threads, batch=batch)
+        opened = open_runtime(runtime, bundle, manifest, provider=provider, threads=threads)
+        return cls(
+            path=bundle, plans=Folder(bundle).plans(), digest=bundle_digest(bundle), runtime=opened, batch=batch
+        )  # fmt: skip
+
+    @property
+    def folder(self) -> Folder:
+        """The bundle's configurations."""
+        return Folder(self.path)
+
+    @property
+    def provider(self) -> str:
+        """What the graphs run on: onnxruntime's provider, or the device."""
+        return self.runtime.provider
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of one image."""
         if self.is_single_graph:
             return self._whole().latent_shape
-        shape = self._graph("unet").inputs["sample"].shape[1:]
-        config = self._config("unet")
+        shape = self.runtime.graph("unet").inputs["sample"].shape[1:]
+        config = self.folder.config("unet")
         size = config.get("sample_size")
         stated = (config.get("in_channels"), *(size if isinstance(size, list) else (size, size)))
         full = [here or there for here, there in zip(shape, stated, strict=True)]
@@ -122,7 +132,7 @@ class Pipeline:
     def size(self) -> tuple[int, int]:
         """(width, height) of the pictures in pixels."""
         _, height, width = self.latent_shape
-        scale = 2 ** (len(self._value("vae_decoder", "block_out_channels")) - 1)
+        scale = 2 ** (len(self.folder.value("vae_decoder", "block_out_channels")) - 1)
         return width * scale, height * scale
 
     def __call__(
@@ -199,16 +209,16 @@ class Pipeline:
             if self.is_single_graph:
                 length: int | None = self._whole().tokens
             else:
-                length = self._graph("text_encoder").inputs["input_ids"].shape[1]
+                length = self.runtime.graph("text_encoder").inputs["input_ids"].shape[1]
             if length is None:
-                length = self._config("text_encoder").get("max_position_embeddings")
+                length = self.folder.config("text_encoder").get("max_position_embeddings")
             self._tokenizer = load_tokenizer(self.path / "tokenizer", length=length)
         return self._tokenizer
 
     @property
     def is_single_graph(self) -> bool:
-        """Whether the bundle's pipeline is one graph."""
-        return (self.path / SINGLE_FILE).is_file()
+        """Whether the pipeline is one graph here."""
+        return self.runtime.is_single_graph
 
     def draw(
         self, entry: PlanEntry, ids: Sequence[npt.NDArray[np.int64]], weight: float | None, noise: Float,
@@ -234,7 +244,7 @@ class Pipeline:
 
     def encode(self, ids: Sequence[npt.NDArray[np.int64]]) -> list[Float]:
         """Text states, float [S, C] for each row of ids [1, S]."""
-        graph = self._graph("text_encoder")
+        graph = self.runtime.graph("text_encoder")
         rows = np.concatenate(ids)
         size = graph.inputs["input_ids"].shape[0] or len(rows)
         states = [graph.run(input_ids=part)["last_hidden_state"] for part in groups(rows, size)]
@@ -243,7 +253,7 @@ class Pipeline:
     def sample(self, entry: PlanEntry, x: Float, guide: Guide, fresh: StepNoise, *, start: int = 0) -> Float:
         """Walk the table from row `start`: latents [N, C, h, w] in, latents out; `fresh(stream)` gives [N, C, h, w]."""
         with self._timed("unet"):
-            graph = self._graph("unet")
+            graph = self.runtime.graph("unet")
             unknown = set(graph.inputs) - _UNET_INPUTS
             if unknown:
                 names = ", ".join(sorted(unknown))
@@ -254,9 +264,11 @@ class Pipeline:
                 raise BundleError(f"the UNet of {self.path} has {rows} rows, and guidance needs an even number")
             size = rows // branches
             states = np.repeat(np.stack([s for s in (guide.uncond, guide.cond) if s is not None]), size, axis=0)
+            call, rank = graph.fixed(encoder_hidden_states=states), len(graph.inputs["timestep"].shape)
 
             def net(scaled: Float, t: float) -> Float:
-                parts = [_denoise(graph, part, t, states, guide) for part in groups(scaled, size)]
+                timestep = np.full((1,) * rank, t)
+                parts = [_denoise(call, part, timestep, guide) for part in groups(scaled, size)]
                 return np.concatenate(parts)[: len(scaled)]
 
             latents: Float = run(entry.table, net, x, step_noise=fresh, start=start)
@@ -265,9 +277,9 @@ class Pipeline:
     def decode(self, latents: Float) -> npt.NDArray[np.uint8]:
         """Latents [N, C, h, w] to pixels uint8 [N, H, W, 3]."""
         with self._timed("vae_decoder"):
-            graph = self._graph("vae_decoder")
-            scaled = latents / np.float32(self._value("vae_decoder", "scaling_factor"))
-            scaled = scaled + np.float32(self._config("vae_decoder").get("shift_factor") or 0.0)
+            graph = self.runtime.graph("vae_decoder")
+            scaled = latents / np.float32(self.folder.value("vae_decoder", "scaling_factor"))
+            scaled = scaled + np.float32(self.folder.config("vae_decoder").get("shift_factor") or 0.0)
             size = graph.inputs["latent_sample"].shape[0] or min(self.batch, len(latents))
             parts = [to_uint8(graph.run(latent_sample=part)["sample"]) for part in groups(scaled, size)]
             return np.concatenate(parts)[: len(latents)]
@@ -330,34 +342,17 @@ class Pipeline:
         if not (self.path / "vae_encoder").is_dir():
             raise BundleError(f"{self.path} has no vae_encoder, which image-to-image needs: export the bundle again")
         with self._timed("vae_encoder"):
-            graph = self._graph("vae_encoder")
+            graph = self.runtime.graph("vae_encoder")
             sample = to_sample(image, *self.size)
             size = graph.inputs["sample"].shape[0] or 1
             moments = graph.run(sample=np.repeat(sample, size, axis=0))["latent_parameters"][:1]
             mean = moments[:, : moments.shape[1] // 2].astype(np.float32)
-            shift = np.float32(self._config("vae_decoder").get("shift_factor") or 0.0)
-            latents: Float = (mean - shift) * np.float32(self._value("vae_decoder", "scaling_factor"))
+            shift = np.float32(self.folder.config("vae_decoder").get("shift_factor") or 0.0)
+            latents: Float = (mean - shift) * np.float32(self.folder.value("vae_decoder", "scaling_factor"))
             return latents
 
     def _whole(self) -> SingleGraph:
-        if self._single is None:
-            self._single = SingleGraph.open(self.path, provider=self.provider, threads=self.threads)
-        return self._single
-
-    def _graph(self, name: str) -> Graph:
-        if name not in self._graphs:
-            path = self.path / name / "model.onnx"
-            self._graphs[name] = open_graph(path, provider=self.provider, threads=self.threads)
-        return self._graphs[name]
-
-    def _config(self, component: str) -> dict[str, Any]:
-        return _read_object(self.path / component / "config.json")
-
-    def _value(self, component: str, key: str) -> Any:
-        config = self._config(component)
-        if config.get(key) is None:
-            raise BundleError(f"{self.path}/{component}/config.json has no {key}: export the bundle again")
-        return config[key]
+        return SingleGraph(self.runtime.single())
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -366,11 +361,10 @@ class Pipeline:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def _denoise(graph: Graph, x: Float, t: float, states: Float, guide: Guide) -> Float:
+def _denoise(network: Run, x: Float, timestep: npt.NDArray[np.float64], guide: Guide) -> Float:
     """The network's output for one full group of latents, both branches in one call."""
-    timestep = np.full((1,) * len(graph.inputs["timestep"].shape), t)
     rows = x if guide.uncond is None else np.concatenate([x, x])
-    out = graph.run(sample=rows, timestep=timestep, encoder_hidden_states=states)["out_sample"].astype(np.float32)
+    out = network(sample=rows, timestep=timestep)["out_sample"].astype(np.float32)
     if guide.uncond is None:
         return out
     uncond, cond = np.split(out, 2)
@@ -378,22 +372,3 @@ def _denoise(graph: Graph, x: Float, t: float, states: Float, guide: Guide) -> F
         return cond
     mixed: Float = uncond + np.float32(guide.weight) * (cond - uncond)
     return mixed
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {path} ({str(error)[:80]}): export the bundle again") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} holds no JSON object: export the bundle again")
-    return data
-
-
-def _read_plans(bundle: Path) -> PlanFile:
-    path = bundle / "plan.json"
-    data = _read_object(path)
-    try:
-        return PlanFile.from_json(data)
-    except HypersdError as error:
-        raise BundleError(f"{path} cannot be used ({error}): export the bundle again") from error

@@ -1,4 +1,4 @@
-"""A bundle's `pipeline.onnx`: prompt ids and noise in, pixels out, in one call of onnxruntime.
+"""A bundle whose pipeline is one graph: prompt ids and noise in, pixels out, in one call.
 
 The schedule and the guidance are constants of the graph, so there is nothing here that could be set wrongly. Inputs:
 `input_ids`, `negative_input_ids` under CFG, `noise`, and `step_noise` where the plan adds noise.
@@ -6,18 +6,16 @@ The schedule and the guidance are constants of the graph, so there is nothing he
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from hypersd_export.diffusion.table import StepTable
 from hypersd_export.errors import BundleError
+from hypersd_export.runtime.graph import Graph
 from hypersd_export.runtime.groups import groups
-from hypersd_export.runtime.onnx import Graph, open_graph
 from hypersd_export.runtime.result import Float
 
-FILE_NAME = "pipeline.onnx"
 INPUTS = {"input_ids", "negative_input_ids", "noise", "step_noise"}
 OUTPUTS = {"image", "latents"}
 
@@ -28,17 +26,14 @@ class SingleGraph:
 
     graph: Graph
 
-    @classmethod
-    def open(cls, bundle: Path, *, provider: str, threads: int | None) -> "SingleGraph":
-        """Load it; BundleError for a graph with other inputs or outputs, or of no fixed shape."""
-        graph = open_graph(bundle / FILE_NAME, provider=provider, threads=threads)
-        inputs = set(graph.inputs)
-        odd = (inputs - INPUTS) | ({"input_ids", "noise"} - inputs) | (OUTPUTS ^ set(graph.outputs))
-        free = {name for name, tensor in graph.inputs.items() if None in tensor.shape}
+    def __post_init__(self) -> None:
+        """BundleError for a graph with other inputs or outputs, or of no fixed shape."""
+        inputs = set(self.graph.inputs)
+        odd = (inputs - INPUTS) | ({"input_ids", "noise"} - inputs) | (OUTPUTS ^ set(self.graph.outputs))
+        free = {name for name, tensor in self.graph.inputs.items() if None in tensor.shape}
         if odd or free:
             names = ", ".join(sorted(odd | free))
-            raise BundleError(f"{bundle / FILE_NAME} does not fit this version ({names}): export the bundle again")
-        return cls(graph)
+            raise BundleError(f"{self.graph.path} does not fit this version ({names}): export the bundle again")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

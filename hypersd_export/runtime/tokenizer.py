@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hypersd_export.errors import BundleError, MissingBackend, OptionError
+from hypersd_export.runtime.graph import Notice
 
 _TAIL = 300
 """Characters of a dropped tail that the warning shows."""
 
 
-class PromptTruncated(UserWarning):
+class PromptTruncated(Notice):
     """A prompt was longer than the text encoder reads; the message names what was dropped."""
 
 

@@ -240,11 +240,13 @@ def _vae(run: Verification) -> None:
 
 def _image(run: Verification) -> None:
     """The whole torch-free pipeline against the whole torch pipeline, for every plan of the bundle."""
+    from hypersd_export.runtime.onnx import OnnxRuntime
     from hypersd_export.runtime.pipeline import Pipeline
 
     request = run.request
     gate = run.gate("image", IMAGE_DB[request.precision])
-    pipeline = Pipeline(path=request.bundle, plans=run.plans, digest="", provider=request.provider)
+    runtime = OnnxRuntime(path=request.bundle, provider=request.provider)
+    pipeline = Pipeline(path=request.bundle, plans=run.plans, digest="", runtime=runtime)
     for entry in run.plans.entries:
         run.progress(f"{request.provider}: image in {entry.steps} steps")
         result = pipeline(

@@ -15,6 +15,7 @@ from hypersd_export.diffusion import FewStepPlan, Guidance, Solver
 from hypersd_export.errors import BundleError, OptionError, ParityError
 from hypersd_export.export import COMPOSE, export
 from hypersd_export.graphs.spec import Component
+from hypersd_export.runtime.onnx import open_graph
 from hypersd_export.runtime.pipeline import Pipeline
 from hypersd_export.runtime.single import SingleGraph
 from hypersd_export.spec import ExportSpec, PlanFlags
@@ -149,7 +150,7 @@ def test_input_scaling_and_the_scale_of_the_noise_are_in_it(lora_exported, tmp_p
     entry = replace(loop.plans.default, plan=plan, table=table)
     x = np.float32(table.init_noise_sigma) * noise
     latents = loop.sample(entry, x, loop._guide(ids, 3.0), lambda _: noise)
-    graph = SingleGraph.open(tmp_path, provider="cpu", threads=1)
+    graph = SingleGraph(open_graph(tmp_path / "pipeline.onnx", threads=1))
     mine, pixels = graph.draw(ids, noise, table, lambda _: noise)
     assert np.abs(mine - latents).max() < 2e-5 * np.abs(latents).max()
     shifted = loop.decode(latents + np.float32(0.125 * 0.5))

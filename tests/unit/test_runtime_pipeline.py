@@ -15,7 +15,7 @@ from hypersd_export.diffusion.noise import initial_noise, step_noise
 from hypersd_export.diffusion.plan import FewStepPlan, Guidance, GuidanceKind, Solver
 from hypersd_export.errors import BundleError, MissingBackend, OptionError
 from hypersd_export.runtime import Pipeline
-from hypersd_export.runtime.onnx import Graph
+from hypersd_export.runtime.onnx import OnnxGraph
 from hypersd_export.runtime.tokenizer import PromptTruncated
 from tests.bundles import (
     CFG_PLANS,
@@ -116,14 +116,14 @@ def test_guidance_override(cfg: Pipeline, scale: float, weight: float) -> None:
 
 def test_both_branches_run_in_one_call_as_uncond_then_cond(cfg: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
-    real = Graph.run
+    real = OnnxGraph.run
 
-    def spy(self: Graph, **feeds: Any) -> Any:
+    def spy(self: OnnxGraph, **feeds: Any) -> Any:
         if "timestep" in feeds:
             calls.append(feeds)
         return real(self, **feeds)
 
-    monkeypatch.setattr(Graph, "run", spy)
+    monkeypatch.setattr(OnnxGraph, "run", spy)
     cfg("cat", negative_prompt="dog")
     assert [float(call["timestep"]) for call in calls] == [999.0, 759.0, 499.0, 259.0]
     for call in calls:
@@ -249,11 +249,11 @@ def test_image_to_image_refusals(cfg: Pipeline, copy: Path) -> None:
 def test_loading_counts_for_the_component(cfg_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    from hypersd_export.runtime import pipeline as module
+    from hypersd_export.runtime import onnx as module
 
     real = module.open_graph
 
-    def slow(path: Path, **options: Any) -> Graph:
+    def slow(path: Path, **options: Any) -> OnnxGraph:
         time.sleep(0.05)
         return real(path, **options)
 

@@ -1,0 +1,47 @@
+"""What a bundle says in JSON beside its graphs: the components' configurations and the plans."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypersd_export.diffusion.planfile import PlanFile
+from hypersd_export.errors import BundleError, HypersdError
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The folder of a bundle; everything is read when it is asked for."""
+
+    path: Path
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's config.json; BundleError if it cannot be read."""
+        return read_object(self.path / component / "config.json")
+
+    def value(self, component: str, key: str) -> Any:
+        """An entry of a component's config.json that has to be there; BundleError otherwise."""
+        config = self.config(component)
+        if config.get(key) is None:
+            raise BundleError(f"{self.path}/{component}/config.json has no {key}: export the bundle again")
+        return config[key]
+
+    def plans(self) -> PlanFile:
+        """plan.json; BundleError if it cannot be read or used."""
+        path = self.path / "plan.json"
+        data = read_object(path)
+        try:
+            return PlanFile.from_json(data)
+        except HypersdError as error:
+            raise BundleError(f"{path} cannot be used ({error}): export the bundle again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; BundleError if there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {path} ({str(error)[:80]}): export the bundle again") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} holds no JSON object: export the bundle again")
+    return data

@@ -1,0 +1,52 @@
+"""Which runtime runs a bundle: one of the targets that it was exported to."""
+
+from pathlib import Path
+
+from hypersd_export.bundle.manifest import Manifest
+from hypersd_export.errors import OptionError
+from hypersd_export.runtime.graph import Runtime
+
+RUNTIMES = ("onnx", "tensorrt", "coreml")
+AVAILABLE = ("onnx",)
+
+
+def resolve_runtime(name: str | None, manifest: Manifest) -> str:
+    """The runtime by its target's name; the manifest's first target if `name` is None.
+
+    Raises:
+        OptionError: there is no such runtime, this version lacks it, or the bundle was not exported to its target.
+    """
+    targets = list(manifest.targets)
+    wanted = name if name is not None else next(iter(targets), "onnx")
+    if wanted not in RUNTIMES:
+        raise OptionError(f"runtime {wanted!r} is not known: choose one of {', '.join(RUNTIMES)}")
+    if targets and wanted not in targets:
+        raise OptionError(
+            f"runtime {wanted!r}: this bundle was exported to {', '.join(targets)}; export it with --target {wanted}"
+        )
+    if wanted not in AVAILABLE:
+        others = [target for target in targets if target in AVAILABLE]
+        way_out = f"use --runtime {others[0]}" if others else "export with --target onnx"
+        raise OptionError(f"runtime {wanted!r} is not built yet: {way_out}")
+    return wanted
+
+
+def open_runtime(
+    name: str | None, bundle: Path, manifest: Manifest, *, provider: str | None, threads: int | None
+) -> Runtime:
+    """Open what runs this bundle; `provider` and `threads` are onnxruntime's alone.
+
+    Raises:
+        OptionError, MissingBackend: see `resolve_runtime`, and what the runtime itself raises.
+    """
+    wanted = resolve_runtime(name, manifest)
+    if wanted == "onnx":
+        from hypersd_export.runtime.onnx import OnnxRuntime
+
+        return OnnxRuntime(path=bundle, provider=provider or "cpu", threads=threads)
+    for option, value in (("--provider", provider), ("--threads", threads)):
+        if value is not None:
+            raise OptionError(
+                f"{option} {value}: it is onnxruntime's, and runtime {wanted!r} has no such choice; leave it out"
+            )
+    raise AssertionError("resolve_runtime refuses the others")
