@@ -3,11 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hypersd_export import __version__
+from hypersd_export.build import Built
 from hypersd_export.bundle.card import model_card
 from hypersd_export.bundle.manifest import Manifest
 from hypersd_export.diffusion.diffusers_call import diffusers_scheduler
@@ -15,26 +16,23 @@ from hypersd_export.graphs.spec import Component
 from hypersd_export.job import Job
 from hypersd_export.plan_choice import describe
 from hypersd_export.spec import BUILTIN
-from hypersd_export.targets.onnx_pipeline import PIPELINE_DATA_FILE, PIPELINE_FILE
+from hypersd_export.targets import Target
+from hypersd_export.targets.onnx import MODEL_FILE
 
-COMPONENT_FILES = ("model.onnx", "model.onnx_data", "config.json")
-SINGLE_FILES = (PIPELINE_FILE, PIPELINE_DATA_FILE)
+TARGET_NAMES = {Target.ONNX: "ONNX", Target.TENSORRT: "TensorRT", Target.COREML: "Core ML"}
 
 
-def assemble(job: Job, components: Mapping[Component, Path], bundle: Path, *, single: Path | None = None) -> None:
+def assemble(job: Job, built: Sequence[Built], bundle: Path) -> None:
     """Write all but golden/, the card and the manifest into the empty folder `bundle`.
 
-    `single` is the folder of the single graph, which then stands in place of the components' own: of them the
-    configurations alone are kept, and no model_index.json, as no other pipeline can load this.
+    model_index.json is for other pipelines of the ONNX graphs, so that it is there only if those are.
     """
-    for component, folder in components.items():
-        names = COMPONENT_FILES if single is None else ("config.json",)
-        _copy(folder, names, bundle / component)
-    if single is not None:
-        _copy(single, SINGLE_FILES, bundle)
+    for each in built:
+        for name, source in each.files.items():
+            _copy(source, bundle / name)
     call = diffusers_scheduler(job.plans.default.plan)
     job.source.base.write_tokenizer(bundle / "tokenizer")
-    if single is None:
+    if (bundle / Component.UNET / MODEL_FILE).is_file():
         index = job.source.base.model_index()
         index["scheduler"] = ["diffusers", call.class_name]
         _write_json(bundle / "model_index.json", index)
@@ -44,12 +42,13 @@ def assemble(job: Job, components: Mapping[Component, Path], bundle: Path, *, si
     (bundle / "LICENSES").write_text(licenses(job), encoding="utf-8")
 
 
-def _copy(folder: Path, names: Iterable[str], to: Path) -> None:
-    """Those of these files that there are."""
-    to.mkdir(exist_ok=True)
-    for name in names:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, to / name)
+def _copy(source: Path, to: Path) -> None:
+    """A file or a folder."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, to)
+    else:
+        shutil.copyfile(source, to)
 
 
 def licenses(job: Job) -> str:
@@ -78,18 +77,22 @@ def write_card(
     base = job.source.base
     facts = {
         "title": f"{base.name}, {describe(plan)}",
-        "summary": "A text-to-image pipeline with its schedule inside, exported to ONNX by hypersd-export.",
+        "summary": "A text-to-image pipeline with its schedule inside, exported to "
+        f"{_listed(targets)} by hypersd-export.",
         "base": {"name": base.name, "family": str(base.family), "digest": base.digest, "hub_id": _hub_id(job)},
         "loras": job.lora_records(),
         "width": job.shapes.width,
         "height": job.shapes.height,
         "batch": job.shapes.batch,
-        "targets": {name: {key: target[key] for key in ("precision", "opset")} for name, target in targets.items()},
+        "targets": {
+            name: {key: target[key] for key in ("precision", "opset") if key in target}
+            for name, target in targets.items()
+        },
         "entries": job.plans.to_json()["entries"],
         "scheduler": call.class_name,
         "call": ", ".join(f"{name}={value!r}" for name, value in call.call.items()),
         "exact": call.exact,
-        "single_graph": targets["onnx"].get("single_graph", {}).get("inputs"),
+        "single_graph": targets.get("onnx", {}).get("single_graph", {}).get("inputs"),
         "parity": parity,
         "prompt": job.prompt,
         "license": base.license_note if re.fullmatch(r"[A-Za-z0-9.+-]+", base.license_note) else None,
@@ -98,6 +101,12 @@ def write_card(
         "created": created,
     }
     (bundle / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def _listed(targets: Iterable[str]) -> str:
+    """The targets as they are written: ONNX, TensorRT and Core ML."""
+    names = [TARGET_NAMES[Target(target)] for target in targets]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _hub_id(job: Job) -> str | None:

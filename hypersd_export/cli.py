@@ -14,7 +14,7 @@ import typer
 from hypersd_export.errors import BundleError, DestinationError, HypersdError, OptionError, tolerate_any_text
 
 if TYPE_CHECKING:
-    from hypersd_export.export import StageRecord
+    from hypersd_export.clock import StageRecord
     from hypersd_export.spec import ExportSpec
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -46,7 +46,7 @@ def export_command(
     eta: Annotated[float | None, typer.Option(help="Fresh noise of ddim and tcd, 0 to 1.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of u + w (c - u); up to 1 is none.")] = None,
     prediction_type: Annotated[str | None, typer.Option(help="epsilon, v_prediction, sample or flow.")] = None,
-    precision: Annotated[str, typer.Option(help="Of the weights: fp32.")] = "fp32",
+    precision: Annotated[str | None, typer.Option(help="fp32 or fp16 (default: onnx fp32, the others fp16).")] = None,
     batch: Annotated[int, typer.Option(help="Images in one call of the graphs.")] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels (default: those of the base).")] = None,
     provider: Annotated[str, typer.Option(help="onnxruntime's provider for the parity check.")] = "cpu",
@@ -199,7 +199,8 @@ def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
         options = manifest.options
         lines.append(("picture", f"{options.get('width')} x {options.get('height')} px, batch {options.get('batch')}"))
         lines += [
-            ("target", f"{name}: {t.get('precision')}, opset {t.get('opset')}") for name, t in manifest.targets.items()
+            ("target", f"{name}: {t.get('precision')}" + (f", opset {t['opset']}" if "opset" in t else ""))
+            for name, t in manifest.targets.items()
         ]
         lines.append(("parity", _parity_line(manifest.parity)))
         size = sum(entry.bytes for entry in files.values()) / 1e6

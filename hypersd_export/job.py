@@ -74,8 +74,8 @@ class Job:
             "code": code_digests(("targets",)),
         }
 
-    def component_depends(self, target: Target, component: Component) -> dict[str, Any]:
-        """All that one exported component depends on."""
+    def component_depends(self, target: Target, component: Component, precision: str | None = None) -> dict[str, Any]:
+        """All that one exported component depends on; `precision` None is the target's."""
         shapes = self.shapes.to_json()
         unused = {
             Component.TEXT_ENCODER: ("unet_batch", "channels", "latent_height", "latent_width", "vae_scale"),
@@ -91,14 +91,15 @@ class Job:
             "loras": [{"digest": lora.digest, "scale": scale} for lora, scale in loras],
             "shapes": {name: value for name, value in shapes.items() if name not in unused},
             "embedded_guidance": self.embedded_guidance if component is Component.UNET else None,
-            "precision": self.spec.precision,
+            "precision": precision or self.spec.precision_of(target),
             "opset": self.spec.opset,
             "versions": tool_versions(),
             "code": code_digests(("graphs", "targets", "model", "verify/source.py")),
         }
 
-    def verify_depends(self, components: Mapping[str, str]) -> dict[str, Any]:
-        """All that golden files and parity figures depend on; `components` are the cache keys of the artifacts."""
+    def verify_depends(self, components: Mapping[str, str], precision: str) -> dict[str, Any]:
+        """All that golden files and parity figures of graphs of this precision depend on; `components` are their
+        cache keys."""
         return {
             "components": dict(components),
             "source": self.source.digests,
@@ -106,7 +107,7 @@ class Job:
             "shapes": self.shapes.to_json(),
             "prompt": self.prompt,
             "seed": GOLDEN_SEED,
-            "precision": self.spec.precision,
+            "precision": precision,
             "provider": self.spec.provider,
             "compare": self.spec.verify,
             "machine": platform.machine(),
@@ -136,6 +137,7 @@ class Job:
         for name in ("out", "cache_dir", "overwrite"):
             del options[name]
         options |= {name: public_name(options[name]) for name in ("base", "unet", "vae")}
+        options["precision"] = {target.value: self.spec.precision_of(target) for target in self.spec.targets}
         options["loras"] = [f"{lora.path.name}:{scale:g}" for lora, scale in self.source.loras]
         options |= {"width": self.shapes.width, "height": self.shapes.height, "shapes": self.shapes.to_json()}
         return options
@@ -186,7 +188,7 @@ def open_job(spec: ExportSpec) -> Job:
 
 def check_backends(spec: ExportSpec) -> None:
     """`MissingBackend` naming the extra, before anything is opened; the provider too, if it will be verified on."""
-    needed = NEEDED + (("onnx", "onnxscript") if Target.ONNX in spec.targets else ())
+    needed = NEEDED + (("onnx", "onnxscript") if {Target.ONNX, Target.TENSORRT} & set(spec.targets) else ())
     for package in needed:
         if importlib.util.find_spec(package) is None:
             raise MissingBackend(package, "export", "hypersd-export")

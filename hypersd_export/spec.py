@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_export.errors import OptionError
-from hypersd_export.targets import Target, resolve_targets
+from hypersd_export.targets import Target, precision_of, resolve_targets
 
 MAX_STEPS = 1000
 """Diffusion models of this field are trained on 1000 timesteps: a plan cannot have more steps."""
@@ -36,7 +36,10 @@ class PlanFlags:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportSpec:
-    """Every option of `hypersd-export`, parsed. `loras` None means the base's own default, () means none."""
+    """Every option of `hypersd-export`, parsed. `loras` None means the base's own default, () means none.
+
+    `precision` None means each target's own default.
+    """
 
     targets: tuple[Target, ...] = (Target.ONNX,)
     base: str = BUILTIN
@@ -46,7 +49,7 @@ class ExportSpec:
     revision: str | None = None
     loras: tuple[str, ...] | None = None
     plan: PlanFlags = dataclasses.field(default_factory=PlanFlags)
-    precision: str = "fp32"
+    precision: str | None = None
     batch: int = 1
     size: tuple[int, int] | None = None
     provider: str = "cpu"
@@ -72,7 +75,13 @@ class ExportSpec:
         if self.unroll and not self.single_graph:
             raise OptionError("--unroll: it is about --single-graph; give both, or leave it away")
         _check_plan_flags(self.plan)
-        onnx.check_options(opset=self.opset, precision=self.precision)
+        onnx.check_options(opset=self.opset)
+        for target in self.targets:
+            precision_of(target, self.precision)
+
+    def precision_of(self, target: Target) -> str:
+        """The precision of one of the targets."""
+        return precision_of(target, self.precision)
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON values, for `--dry-run` and the manifest."""

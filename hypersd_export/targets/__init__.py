@@ -3,6 +3,7 @@
 This module imports nothing heavy: it names the targets and refuses those that are not built yet.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 from hypersd_export.errors import OptionError
@@ -17,6 +18,23 @@ class Target(StrEnum):
 
 
 AVAILABLE = frozenset({Target.ONNX})
+PRECISIONS: Mapping[Target, tuple[str, ...]] = {
+    Target.ONNX: ("fp32",),
+    Target.TENSORRT: ("fp16",),
+    Target.COREML: ("fp16",),
+}
+"""What the weights and the arithmetic of each target can be; the first is its default."""
+
+
+def precision_of(target: Target, asked: str | None) -> str:
+    """The precision of a target when `--precision` says `asked` (None: nothing, which gives the target's default).
+
+    Raises `OptionError` for one that the target does not have.
+    """
+    known = PRECISIONS[target]
+    if asked is not None and asked not in known:
+        raise OptionError(f"--precision {asked}: {target} is written in {' or '.join(known)} only as yet")
+    return asked or known[0]
 
 
 def resolve_targets(names: tuple[str, ...]) -> tuple[Target, ...]:

@@ -24,17 +24,14 @@ DATA_FILE = "model.onnx_data"
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)
 """What torch.onnx (2.13) can write: 18 is its own opset, 23 its latest."""
-PRECISIONS = ("fp32",)
 EXTERNAL_DATA_BYTES = 1_500_000_000
 EXTERNAL_TENSOR_BYTES = 1024
 
 
-def check_options(*, opset: int, precision: str) -> None:
+def check_options(*, opset: int) -> None:
     """Refuse, before anything is loaded, what `build` would refuse."""
     if opset not in OPSETS:
         raise OptionError(f"--opset {opset}: torch.onnx writes {OPSETS.start} to {OPSETS.stop - 1}")
-    if precision not in PRECISIONS:
-        raise OptionError(f"--precision {precision}: onnx is written in {', '.join(PRECISIONS)} only as yet")
 
 
 def build(
@@ -45,7 +42,7 @@ def build(
     `external` forces the weights into (True) or keeps them out of (False) `model.onnx_data`; None decides by size.
     A data file of an earlier build is never left behind. Raises `MissingBackend` without onnx or onnxscript.
     """
-    check_options(opset=opset, precision=precision)
+    check_options(opset=opset)
     model = _export(graph, opset)
     clean(model)
     folder.mkdir(parents=True, exist_ok=True)

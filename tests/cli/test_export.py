@@ -65,7 +65,7 @@ def weights(base, component="unet"):
         ([*STEPS, "--size", "20x16"], "--size 20x16: both sides must be multiples of 8 pixels"),
         (["--batch", "0"], "--batch 0: from 1 to 64"),
         (["--opset", "9"], "--opset 9: torch.onnx writes 18 to 23"),
-        (["--precision", "fp16"], "--precision fp16: onnx is written in fp32 only"),
+        (["--precision", "int8"], "--precision int8: onnx is written in fp32"),
         (["--single-graph", "--steps", "1,2"], "--single-graph with --steps 1,2: a graph holds one schedule"),
         (["--unroll"], "--unroll: it is about --single-graph"),
         (["--provider", "gpu", *STEPS], "provider 'gpu' is not known"),

@@ -77,7 +77,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick_build(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Graphs come from the exported bundle instead of the exporter; returns the names that were asked for."""
-    from hypersd_export import export as module
+    from hypersd_export import build as module
     from hypersd_export.targets import onnx
 
     asked: list[str] = []

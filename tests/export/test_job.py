@@ -110,6 +110,7 @@ def test_a_cache_key_depends_on_what_the_stage_uses(tiny_spec, lora_file):
     assert differs(loras=(str(lora_file),), plan=PlanFlags(guidance=1.0)) == {"text_encoder", "unet"}
     assert differs(size=(24, 16)) == {"unet", "vae_decoder", "vae_encoder"}
     assert differs(batch=2) == {component.value for component in Component}
+    assert differs(precision="fp32") == set()
     assert differs(opset=18) == {component.value for component in Component}
 
 

@@ -136,8 +136,6 @@ def test_other_opsets(graph, tmp_path, opset):
 def test_refusals(graph, tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="--opset 12"):
         build(graph, tmp_path, opset=12)
-    with pytest.raises(OptionError, match="--precision fp16"):
-        build(graph, tmp_path, precision="fp16")
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(MissingBackend, match=r"pip install 'hypersd\[export\]'"):
         build(graph, tmp_path)

@@ -7,18 +7,13 @@ import pytest
 
 from hypersd_export.errors import OptionError
 from hypersd_export.spec import ExportSpec, PlanFlags, parse_ints, parse_loras, parse_size, parse_targets
-from hypersd_export.targets import Target
+from hypersd_export.targets import Target, precision_of
 
 
 def test_defaults_are_the_builtin_base_to_onnx_fp32():
     spec = ExportSpec()
-    assert (spec.targets, spec.base, spec.loras, spec.precision, spec.batch) == (
-        (Target.ONNX,),
-        "builtin",
-        None,
-        "fp32",
-        1,
-    )
+    assert (spec.targets, spec.base, spec.loras, spec.batch) == ((Target.ONNX,), "builtin", None, 1)
+    assert (spec.precision, spec.precision_of(Target.ONNX)) == (None, "fp32")
     assert (spec.opset, spec.out, spec.verify, spec.allow_pickle) == (20, Path("bundle"), True, False)
 
 
@@ -76,6 +71,15 @@ def test_parse_targets():
             parse_targets([name])
 
 
+def test_each_target_has_its_own_default_precision_and_refuses_what_it_lacks():
+    assert {target: precision_of(target, None) for target in Target} == {
+        Target.ONNX: "fp32", Target.TENSORRT: "fp16", Target.COREML: "fp16",
+    }  # fmt: skip
+    for target in Target:
+        with pytest.raises(OptionError, match=rf"^--precision int8: {target} is written in "):
+            precision_of(target, "int8")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -85,7 +89,7 @@ def test_parse_targets():
         ({"size": (64, 99999)}, "--size 64x99999"),
         ({"opset": 17}, "--opset 17: torch.onnx writes 18 to 23"),
         ({"opset": 24}, "--opset 24"),
-        ({"precision": "fp16"}, "--precision fp16: onnx is written in fp32 only as yet"),
+        ({"precision": "int8"}, "--precision int8: onnx is written in fp32 only as yet"),
         ({"plan": PlanFlags(steps=(0,))}, "--steps 0: a plan has from 1 to 1000 steps"),
         ({"plan": PlanFlags(steps=(-1,))}, "--steps -1"),
         ({"plan": PlanFlags(steps=(4, 1001))}, "--steps 1001"),

@@ -1,0 +1,186 @@
+"""What is built for each target: load → fuse → graphs → target, one component at a time, or out of the cache.
+
+`BUILDERS` has one function a target, which says with a `Built` what the bundle gets. A target that starts from ONNX
+asks the `Workshop` for the graphs of its precision; whether those are published too is not its business.
+"""
+
+import functools
+import gc
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypersd_export.bundle.cache import Stage
+from hypersd_export.clock import Clock
+from hypersd_export.graphs.spec import Component
+from hypersd_export.job import Job
+from hypersd_export.targets import Target
+from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE
+from hypersd_export.targets.onnx_pipeline import PIPELINE_DATA_FILE, PIPELINE_FILE
+
+COMPOSE = "onnx-pipeline"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnnxGraphs:
+    """The ONNX graphs of one precision: a stage per component (`model.onnx`, `config.json`, `build.json`), and under
+    `--single-graph` the `whole` (`pipeline.onnx`, `build.json`)."""
+
+    precision: str
+    components: Mapping[Component, Stage]
+    whole: Stage | None = None
+
+    def keys(self) -> dict[str, str]:
+        """The cache keys of all of them, by name."""
+        keys = {component.value: stage.key for component, stage in self.components.items()}
+        return keys if self.whole is None else keys | {COMPOSE: self.whole.key}
+
+    def files(self) -> dict[str, Path]:
+        """What a bundle that publishes them gets, by its name there: of the parts of a single graph, the configs."""
+        names = ("config.json",) if self.whole is not None else (MODEL_FILE, DATA_FILE, "config.json")
+        found = {f"{component}/{name}": s.path / name for component, s in self.components.items() for name in names}
+        if self.whole is not None:
+            found |= {name: self.whole.path / name for name in (PIPELINE_FILE, PIPELINE_DATA_FILE)}
+        return {name: path for name, path in found.items() if path.is_file()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """One target, built. `files`: by their name in the bundle, the files (or folders) that go there; `record`: what
+    the manifest says about it; `onnx`: the graphs that it is, or was made from, which are held against torch."""
+
+    target: Target
+    precision: str
+    files: Mapping[str, Path]
+    record: Mapping[str, Any]
+    onnx: OnnxGraphs | None = None
+
+
+class Workshop:
+    """Builds the stages of one export; what several targets start from is built once."""
+
+    def __init__(self, job: Job, clock: Clock) -> None:
+        self.job, self.clock = job, clock
+        self._onnx: dict[str, OnnxGraphs] = {}
+        self._check_loras = functools.cache(job.source.check_loras)  # once, before anything is built for nothing
+
+    def build(self, target: Target) -> Built:
+        """Everything of one target."""
+        return BUILDERS[target](self)
+
+    def onnx(self, precision: str) -> OnnxGraphs:
+        """The ONNX graphs of this precision."""
+        if precision not in self._onnx:
+            components = self._components(precision)
+            whole = self._compose(components) if self.job.spec.single_graph else None
+            self._onnx[precision] = OnnxGraphs(precision=precision, components=components, whole=whole)
+        return self._onnx[precision]
+
+    def stage(self, name: str, depends: Mapping[str, Any], build: Callable[[Path], None]) -> Stage:
+        """A timed stage, out of the cache or built by `build(folder)`."""
+        with self.clock.stage(name) as record:
+            stage = self.job.cache.get(name, depends, build)
+            record.cached = stage.cached
+        return stage
+
+    def _components(self, precision: str) -> dict[Component, Stage]:
+        def build(component: Component, folder: Path) -> None:
+            self._check_loras()
+            build_component(self.job, component, precision, folder)
+            gc.collect()  # exported programs are full of cycles, and the next component needs the room
+
+        return {
+            component: self.stage(
+                _name(precision, component),
+                self.job.component_depends(Target.ONNX, component, precision),
+                functools.partial(build, component),
+            )
+            for component in self.job.components
+        }
+
+    def _compose(self, parts: Mapping[Component, Stage]) -> Stage:
+        """The single graph of these components."""
+        from hypersd_export.targets.onnx_pipeline import compose
+
+        def build(folder: Path) -> None:
+            graphs = {component: stage.path / MODEL_FILE for component, stage in parts.items()}
+            _write_json(folder / "build.json", compose(graphs, self.job.wiring, folder))
+
+        return self.stage(COMPOSE, self.job.compose_depends({c: stage.key for c, stage in parts.items()}), build)
+
+
+def _name(precision: str, what: str) -> str:
+    """A stage's name: onnx-unet, and with the precision where it is another one."""
+    return f"onnx-{what}" if precision == "fp32" else f"onnx-{precision}-{what}"
+
+
+def build_component(job: Job, component: Component, precision: str, folder: Path) -> None:
+    """Load → fuse → graph → ONNX, for one component, into `folder`; build.json there says how it went."""
+    import torch
+
+    from hypersd_export.graphs.components import build_graph
+    from hypersd_export.targets import onnx
+
+    module, fused = job.source.load(component.source, torch.float32)
+    guidance = job.embedded_guidance if component is Component.UNET else None
+    config = component_config(job, component, module)
+    graph = build_graph(component, module, job.shapes, embedded_guidance=guidance)
+    built = onnx.build(graph, folder, opset=job.spec.opset, precision=precision)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / "build.json", {"built": built, "fused": fused})
+
+
+def component_config(job: Job, component: Component, module: Any) -> dict[str, Any]:
+    """The component's config.json with every default explicit, without local paths; the UNet's with this size."""
+    if component is Component.TEXT_ENCODER:
+        text = module.config.to_json_string(use_diff=False)
+    else:
+        text = module.to_json_string()
+    config: dict[str, Any] = json.loads(text)
+    config.pop("_name_or_path", None)
+    if component is Component.UNET:
+        height, width = job.shapes.latent_height, job.shapes.latent_width
+        config["sample_size"] = height if height == width else [height, width]
+    return config
+
+
+def onnx_target(workshop: Workshop) -> Built:
+    """ONNX: the graphs themselves."""
+    precision = workshop.job.spec.precision_of(Target.ONNX)
+    graphs = workshop.onnx(precision)
+    return Built(
+        target=Target.ONNX,
+        precision=precision,
+        files=graphs.files(),
+        record=onnx_record(graphs, workshop.job.spec.opset),
+        onnx=graphs,
+    )
+
+
+def onnx_record(graphs: OnnxGraphs, opset: int) -> dict[str, Any]:
+    """What the manifest says about ONNX graphs: options, each graph's figures, and the proof of every fusion."""
+    notes = {component: build_notes(stage) for component, stage in graphs.components.items()}
+    single = {} if graphs.whole is None else {"single_graph": build_notes(graphs.whole)}
+    return {
+        **single,
+        "precision": graphs.precision,
+        "opset": opset,
+        "components": {component.value: note["built"] for component, note in notes.items()},
+        "fused": [report for component, note in notes.items() if component is not Component.VAE_ENCODER
+                  for report in note["fused"]],
+    }  # fmt: skip
+
+
+def build_notes(stage: Stage) -> dict[str, Any]:
+    """What a stage's build.json says."""
+    notes: dict[str, Any] = json.loads((stage.path / "build.json").read_text(encoding="utf-8"))
+    return notes
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+BUILDERS: Mapping[Target, Callable[[Workshop], Built]] = {Target.ONNX: onnx_target}
