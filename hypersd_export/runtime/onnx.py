@@ -130,7 +130,7 @@ def resolve_provider(name: str) -> str:
     raise OptionError(f"provider {name!r} is not in this build of onnxruntime: it has {here}")
 
 
-def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None) -> OnnxGraph:
+def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None, optimise: bool = True) -> OnnxGraph:
     """Load a model.onnx.
 
     Args:
@@ -138,6 +138,7 @@ def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None)
         provider: a key of `PROVIDERS`. A graph's nodes that the provider does not have run on the CPU, as onnxruntime
             does it; the provider as a whole is never replaced.
         threads: for one operator; onnxruntime's choice (one per core) if None.
+        optimise: let onnxruntime rewrite the graph first; without it every node is evaluated as it stands in the file.
 
     Raises:
         OptionError, MissingBackend: see `resolve_provider`; or the provider does not start on this machine.
@@ -153,6 +154,8 @@ def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None)
     options.log_severity_level = 3
     # Threads that spin while they wait take the CPU from everything else; without it a busy machine is twice as fast.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

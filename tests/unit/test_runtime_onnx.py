@@ -141,3 +141,17 @@ def test_integer_inputs(tmp_path: Path) -> None:
     write_text_encoder(tmp_path, 1)
     out = open_graph(tmp_path / "model.onnx").run(input_ids=np.zeros((1, TOKENS), dtype=np.int32))
     assert list(out) == ["last_hidden_state", "pooler_output"]
+
+
+def test_a_graph_can_be_evaluated_as_it_stands(unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = onnxruntime.InferenceSession, []
+
+    def spy(path: str, options: Any, **more: Any) -> Any:
+        seen.append(options.graph_optimization_level)
+        return real(path, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    outputs = [open_graph(unet / "unet" / "model.onnx", optimise=o).run(**feeds())["out_sample"] for o in (True, False)]
+    levels = onnxruntime.GraphOptimizationLevel
+    assert seen == [levels.ORT_ENABLE_ALL, levels.ORT_DISABLE_ALL]
+    np.testing.assert_allclose(*outputs, rtol=0, atol=1e-6)
