@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hypersd_export.bundle.engines import CLASSIC, FLAVOURS, RTX
 from hypersd_export.errors import BundleError, MissingBackend, OptionError
 from hypersd_export.runtime.device import DeviceInfo, EngineTensor
 from hypersd_export.runtime.graph import Array
@@ -64,8 +65,8 @@ class Library:
 
 
 LIBRARIES = {
-    "rtx": Library(module="tensorrt_rtx", package="tensorrt-rtx", extra="tensorrt"),
-    "classic": Library(module="tensorrt", package="tensorrt", extra="tensorrt-classic"),
+    RTX: Library(module=FLAVOURS[RTX], package="tensorrt-rtx", extra="tensorrt"),
+    CLASSIC: Library(module=FLAVOURS[CLASSIC], package="tensorrt", extra="tensorrt-classic"),
 }
 
 
@@ -128,7 +129,7 @@ class NvidiaDevice:
     """`Device` on CUDA's current device; memory is freed when the object goes."""
 
     def __init__(self, cuda: Any, tensorrt: Any, flavour: str) -> None:
-        self._cuda, self._trt, self._rtx = cuda, tensorrt, flavour == "rtx"
+        self._cuda, self._trt, self._rtx = cuda, tensorrt, flavour == RTX
         self._owned: list[tuple[Callable[[Any], Any], Any]] = []
         weakref.finalize(self, _release, self._owned)
         self._check(cuda.cudaSetDevice(0))

@@ -294,6 +294,11 @@ class Pipeline:
         """PSNR in dB between golden/'s picture and ours from the same noise; infinite if they are equal."""
         return self.golden().psnr_db
 
+    def warm_up(self, steps: int | None = None) -> None:
+        """Draw twice for nothing: a GPU compiles kernels at the first call and captures CUDA graphs at the second."""
+        for _ in range(2):
+            self("", steps=steps)
+
     def _entry(self, steps: int | None) -> PlanEntry:
         try:
             return self.plans.for_steps(steps)

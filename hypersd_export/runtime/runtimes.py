@@ -7,7 +7,7 @@ from hypersd_export.errors import OptionError
 from hypersd_export.runtime.graph import Runtime
 
 RUNTIMES = ("onnx", "tensorrt", "coreml")
-AVAILABLE = ("onnx",)
+AVAILABLE = ("onnx", "tensorrt")
 
 
 def resolve_runtime(name: str | None, manifest: Manifest) -> str:
@@ -46,7 +46,7 @@ def open_runtime(
         return OnnxRuntime(path=bundle, provider=provider or "cpu", threads=threads)
     for option, value in (("--provider", provider), ("--threads", threads)):
         if value is not None:
-            raise OptionError(
-                f"{option} {value}: it is onnxruntime's, and runtime {wanted!r} has no such choice; leave it out"
-            )
-    raise AssertionError("resolve_runtime refuses the others")
+            raise OptionError(f"{option} {value}: it is onnxruntime's, and runtime {wanted!r} has no such choice")
+    from hypersd_export.runtime.tensorrt import TensorRTRuntime
+
+    return TensorRTRuntime.open(bundle, manifest.targets["tensorrt"])

@@ -15,10 +15,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hypersd_export.bundle.digest import sha256_file
-from hypersd_export.runtime import Pipeline
+from hypersd_export.runtime import Pipeline, nvidia
 from hypersd_export.runtime import cli as generate_cli
 from hypersd_export.runtime.cli import app
 from tests.bundles import make_bundle, seal
+from tests.engine_bundles import make_engine_bundle
+from tests.fake_device import FakeDevice
 
 ROOT = Path(__file__).parents[2]
 RUNNER = CliRunner()
@@ -188,6 +190,53 @@ def test_golden(bundle: Path, copy: Path) -> None:
     assert json.loads(run(copy, "--golden", "--json", "--no-check").stdout)["psnr_db"] < 50
 
 
+# Runtimes
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_engine_bundle(tmp_path_factory.mktemp("engines"))[0]
+
+
+def test_a_bundle_of_engines(engines: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(nvidia, "open_device", lambda flavour: FakeDevice())
+    report = json.loads(succeeds(engines, "--prompt", "cat", "--seed", 2, "--json", "--out", "mine.png").stdout)
+    assert report["runtime"] == "tensorrt"
+    assert report["provider"] == "Fake RTX, TensorRT rtx 1.7.1.116"
+    report = json.loads(succeeds(bundle, "--prompt", "cat", "--seed", 2, "--json", "--out", "theirs.png").stdout)
+    assert (report["runtime"], report["provider"]) == ("onnx", "cpu")
+    np.testing.assert_array_equal(np.asarray(Image.open("mine.png")), np.asarray(Image.open("theirs.png")))
+    assert "prompt ids equal" in succeeds(engines, "--golden", "--runtime", "tensorrt").stdout
+
+
+def test_a_notice_of_the_runtime_is_one_line(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(nvidia, "open_device", lambda flavour: FakeDevice(capturable=False))
+    result = succeeds(engines, "--prompt", "cat", "--out", "x.png")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 2  # the text encoder, called for each prompt of the guidance, and the UNet
+    assert all("cannot be captured as a CUDA graph" in line for line in lines)
+
+
+def test_runtimes_that_cannot_be_used(engines: Path, bundle: Path, elsewhere: Path) -> None:
+    """The last line is what a machine without a GPU says."""
+    fails("runtime 'metal' is not known", bundle, "--prompt", "cat", "--runtime", "metal")
+    fails("this bundle was exported to onnx", bundle, "--prompt", "cat", "--runtime", "tensorrt")
+    fails("this bundle was exported to onnx", bundle, "--prompt", "cat", "--runtime", "coreml")
+    fails("--provider cuda: it is onnxruntime's", engines, "--prompt", "cat", "--provider", "cuda")
+    assert names(elsewhere) == []
+
+
+def test_no_driver_is_one_line(engines: Path, elsewhere: Path) -> None:
+    cuda = pytest.importorskip("cuda.bindings.runtime")
+    pytest.importorskip("tensorrt_rtx")
+    if int(cuda.cudaGetDeviceCount()[0]) == 0:
+        pytest.skip("this machine has a GPU")
+    fails("runtime 'tensorrt' does not start on this machine", engines, "--prompt", "cat")
+    assert names(elsewhere) == []
+
+
 # What users get wrong
 
 
@@ -309,7 +358,8 @@ def test_help_names_every_option() -> None:
     text = succeeds("--help").output
     for option in (
         "--prompt", "--prompt-file", "--negative-prompt", "--guidance", "--steps", "--seed", "--num-images",
-        "--init-image", "--strength", "--provider", "--threads", "--out", "--json", "--grid", "--golden", "--no-check",
+        "--init-image", "--strength", "--runtime", "--provider", "--threads", "--out", "--json", "--grid", "--golden",
+        "--no-check",
     ):  # fmt: skip
         assert option in text
     assert "Usage" in run().output
