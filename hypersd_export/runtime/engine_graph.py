@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,7 +116,7 @@ class EngineGraph:
         timed: bool = False,
         on_compiled: Callable[[bytes], None] = lambda _: None,
     ) -> None:
-        """`timed`: keep a `Timing` of every call in `timings`; `on_compiled` takes the library's compiled kernels."""
+        """`on_compiled` takes the library's compiled kernels after the first call at new shapes."""
         self.path = path
         self._device, self._engine, self._on_compiled = device, engine, on_compiled
         self._tensors = {tensor.name: tensor for tensor in engine.tensors}
@@ -125,8 +126,10 @@ class EngineGraph:
             if t.is_input
         }
         self.outputs = tuple(t.name for t in engine.tensors if not t.is_input)
+        self.timed = timed
+        """Whether calls add a `Timing` to `timings`."""
         self.timings: list[Timing] = []
-        self._events = [device.event() for _ in range(4)] if timed else []
+        self._events: list[Any] = []
         self._sessions: dict[tuple[tuple[int, ...], ...], Session] = {}
 
     @property
@@ -157,6 +160,8 @@ class EngineGraph:
     def _call(self, feeds: dict[str, Array], kept: dict[str, Array], owner: object | None) -> dict[str, Array]:
         session, new = self._session({name: array.shape for name, array in (feeds | kept).items()})
         before = session.captured
+        if self.timed and not self._events:
+            self._events = [self._device.event() for _ in range(4)]
         self._mark(0)
         for name, array in feeds.items():
             session.upload(name, array)
@@ -195,11 +200,11 @@ class EngineGraph:
         return self._sessions[key], True
 
     def _mark(self, number: int) -> None:
-        if self._events:
+        if self.timed:
             self._device.record(self._events[number])
 
     def _note_timing(self) -> None:
-        if self._events:
+        if self.timed:
             a, b, c, d = self._events
             elapsed = self._device.elapsed_ms
             self.timings.append(Timing(copy_in=elapsed(a, b), compute=elapsed(b, c), copy_out=elapsed(c, d)))

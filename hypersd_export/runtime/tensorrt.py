@@ -41,25 +41,21 @@ class TensorRTRuntime:
         records: Mapping[str, EngineRecord],
         device: Device,
         *,
-        timed: bool = False,
         cache_dir: Path | None = None,
     ) -> None:
         """See `open`; the device is that of the records' flavour."""
         self.path, self.records, self.device = path, records, device
-        self.timed = timed
-        """Whether graphs that are opened from now on keep a `Timing` of every call."""
         self.graphs: dict[str, EngineGraph] = {}
         """The engines that were loaded, by component."""
         self._cache = cache_dir or default_cache_dir()
 
     @classmethod
-    def open(cls, path: Path, target: Mapping[str, Any], *, timed: bool = False) -> "TensorRTRuntime":
+    def open(cls, path: Path, target: Mapping[str, Any]) -> "TensorRTRuntime":
         """Check the engines and start the GPU; nothing is loaded.
 
         Args:
             path: the bundle.
             target: its manifest's `targets["tensorrt"]`.
-            timed: time every call on the device.
 
         Raises:
             BundleError: an engine is missing, stale, cut short, of another version, or for another GPU.
@@ -80,7 +76,7 @@ class TensorRTRuntime:
         for record in records.values():
             version, capability = device.info.library, device.info.capability
             _refuse(why_unusable(record, path / record.file, version=version, capability=capability))
-        return cls(path, records, device, timed=timed)
+        return cls(path, records, device)
 
     @property
     def provider(self) -> str:
@@ -114,7 +110,7 @@ class TensorRTRuntime:
             if now != compiled:
                 _write(kernels, now)
 
-        return EngineGraph(path, self.device, engine, timed=self.timed, on_compiled=keep)
+        return EngineGraph(path, self.device, engine, on_compiled=keep)
 
     def _kernels(self, record: EngineRecord) -> Path:
         """Where this engine's compiled kernels lie, for this GPU and driver."""

@@ -151,7 +151,9 @@ def test_warm_up_captures_everything(device: FakeDevice, bundle: Path) -> None:
 def test_timed_calls(device: FakeDevice, bundle: Path) -> None:
     pipeline = Pipeline.from_bundle(bundle)
     assert isinstance(pipeline.runtime, TensorRTRuntime)
-    pipeline.runtime.timed = True
+    pipeline.warm_up()
+    for graph in pipeline.runtime.graphs.values():
+        graph.timed = True
     pipeline("cat")
     counts = {name: len(graph.timings) for name, graph in pipeline.runtime.graphs.items()}
     assert counts == {"text_encoder": 2, "unet": 4, "vae_decoder": 1}
