@@ -119,6 +119,8 @@ def _contestant(entry: Any, what: str, folders: Sequence[Path]) -> Contestant:
         raise OptionError(f"{what}: steps {steps} must not repeat, and seed {seed!r} must be a whole number")
     if entry["table"] not in list(Table) or not isinstance(entry["label"], str) or not entry["label"]:
         raise OptionError(f"{what}: table {entry['table']!r}: must be one of {', '.join(Table)}; and label a text")
+    if entry["sampler"] == OWN and "guidance" in entry:
+        raise OptionError(f"{what}: guidance {entry['guidance']!r}: sampler {OWN!r} has its plan's; leave it out")
     try:
         lora = None if entry["lora"] is None else read_lora(_find(str(entry["lora"]), folders))
         contestant = Contestant(
