@@ -1,0 +1,263 @@
+"""Everything that needs an NVIDIA GPU, in one command: `python -m benchmarks.gpu_acceptance --out DIR`
+
+Exports the built-in model to TensorRT for this very GPU (the components' engines, one engine with a Loop, one with the
+steps unrolled; 1, 2, 4 and 8 steps each), holds the golden picture of each to its gate, and measures: cold start, p50,
+p90 and p99 of an image, by component on the host's and on the device's clock, and the same bundle's ONNX graphs on
+onnxruntime's CUDA provider where that is installed. Writes gpu_acceptance.json and gpu_acceptance.md.
+
+Every export and every measurement is a process of its own. One that fails is in the report and in the exit code, and
+the others go on.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.gpu_report import markdown
+from hypersd_export.bundle.disk import write_atomic
+from hypersd_export.bundle.engines import CLASSIC, RTX, RTX_CAPABILITIES, engine_records
+from hypersd_export.bundle.manifest import read_manifest
+from hypersd_export.errors import HypersdError, MissingBackend, OptionError
+from hypersd_export.runtime.device import DeviceInfo
+
+FORMAT = "hypersd-gpu-acceptance/1"
+STEPS = (1, 2, 4, 8)
+FORMS = {"components": (), "loop": ("--single-graph",), "unrolled": ("--single-graph", "--unroll")}
+"""How the pipeline is cut into engines, with hypersd-export's options for it."""
+PACKAGES = ("hypersd", "tensorrt-rtx", "tensorrt", "cuda-bindings", "onnxruntime-gpu", "onnxruntime", "torch", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One bundle."""
+
+    form: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Such as loop-4."""
+        return f"{self.form}-{self.steps}"
+
+
+@dataclass(kw_only=True, slots=True)
+class Step:
+    """One thing that was tried. `passed` None: it was left out, and `note` says why."""
+
+    name: str
+    passed: bool | None = None
+    seconds: float = 0.0
+    note: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+class Workers(Protocol):
+    """What is done in other processes; tests put their own here."""
+
+    def export(self, case: Case, bundle: Path, device: DeviceInfo) -> None:
+        """Write the case's bundle with targets tensorrt and onnx; HypersdError if that fails."""
+
+    def measure(self, bundle: Path, runtime: str, provider: str | None) -> dict[str, Any]:
+        """`benchmarks.gpu_measure.measure`; HypersdError if that fails."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Processes:
+    """The real workers. `timeout`: seconds that one of them may take."""
+
+    runs: int
+    warmup: int
+    timeout: float
+
+    def export(self, case: Case, bundle: Path, device: DeviceInfo) -> None:
+        """See `Workers`."""
+        command = ["hypersd_export.cli", "--target", "tensorrt", "--target", "onnx", "--steps", str(case.steps),
+                   "--trt-flavour", device.flavour, "--out", str(bundle), "--overwrite", *FORMS[case.form]]  # fmt: skip
+        if device.flavour == RTX:  # the classic library builds for the GPU of this machine and no other
+            command += ["--compute-capability", capability_name(device)]
+        self._run(command)
+
+    def measure(self, bundle: Path, runtime: str, provider: str | None) -> dict[str, Any]:
+        """See `Workers`."""
+        report = bundle.with_name(f"{bundle.name}-{runtime}.json")
+        report.unlink(missing_ok=True)
+        numbers = [str(self.runs), str(self.warmup)]
+        self._run(["benchmarks.gpu_measure", str(bundle), runtime, provider or "", *numbers, str(report)])
+        result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        report.unlink()
+        if runtime == "onnx" and result.get("kind") == "MissingBackend":
+            raise _NotInstalled(result["error"])
+        if "error" in result:
+            raise HypersdError(result["error"])
+        return result
+
+    def _run(self, command: Sequence[str]) -> None:
+        """`python -m command`; HypersdError with the last line of stderr, or the signal, if it fails."""
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", *command], capture_output=True, text=True, errors="replace", check=False,
+                timeout=self.timeout,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise HypersdError(
+                f"{command[0]} took more than {self.timeout:g} s and was ended: give --timeout"
+            ) from None
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            last = lines[-1].removeprefix("error: ")[:400] if lines else "it printed nothing"
+            ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+            raise HypersdError(f"{last} ({command[0]}, {ended})")
+
+
+class _NotInstalled(HypersdError):  # noqa: N818 (says what is wrong, as errors.py does)
+    """What is measured against is not installed: that is left out, and no failure."""
+
+
+def capability_name(device: DeviceInfo) -> str:
+    """Such as 8.9."""
+    return ".".join(map(str, device.capability))
+
+
+def choose_device(flavour: str) -> DeviceInfo:
+    """What this machine has; "auto" is tensorrt_rtx where it is installed and builds for this GPU, else tensorrt.
+
+    Raises:
+        OptionError, MissingBackend: no driver, no GPU, or the library is not installed.
+    """
+    from hypersd_export.runtime import nvidia
+
+    if flavour != "auto":
+        return nvidia.open_device(flavour).info
+    try:
+        device = nvidia.open_device(RTX).info
+        if capability_name(device) in RTX_CAPABILITIES:
+            return device
+    except MissingBackend:
+        pass
+    return nvidia.open_device(CLASSIC).info
+
+
+def accept(
+    cases: Sequence[Case], device: DeviceInfo, workers: Workers, bundles: Path, *, tell: Callable[[Step], None]
+) -> list[Step]:
+    """Try everything; `tell` is given each step as it ends."""
+    steps: list[Step] = []
+
+    @contextmanager
+    def trying(name: str) -> Iterator[Step]:
+        step, began = Step(name=name), time.perf_counter()
+        steps.append(step)
+        try:
+            yield step
+            step.passed = True if step.passed is None else step.passed
+        except _NotInstalled as error:
+            step.passed, step.note = None, str(error)
+        except Exception as error:  # whatever it is, the other steps are wanted
+            kind = "" if isinstance(error, HypersdError) else f"{type(error).__name__}: "
+            step.passed, step.note = False, " ".join(f"{kind}{error}".split())[:400]
+        step.seconds = round(time.perf_counter() - began, 3)
+        tell(step)
+
+    for case in cases:
+        bundle = bundles / case.name
+        with trying(f"{case.name} export") as exported:
+            workers.export(case, bundle, device)
+            exported.figures = bundle_figures(bundle)
+        for runtime, provider in (("tensorrt", None), ("onnx", "cuda")):
+            with trying(f"{case.name} {runtime}") as measured:
+                if not exported.passed:
+                    raise HypersdError("its export failed")
+                measured.figures = workers.measure(bundle, runtime, provider)
+                if not measured.figures["golden"]["passed"]:
+                    measured.passed, measured.note = False, f"golden: {measured.figures['golden']['line']}"
+    return steps
+
+
+def bundle_figures(bundle: Path) -> dict[str, Any]:
+    """Of each engine: its file's MB, the build's seconds and peak memory in MB."""
+    records = engine_records(read_manifest(bundle).targets.get("tensorrt", {}), bundle)
+    return {
+        "engines": {
+            name: {"mb": round(r.bytes / 1e6, 3), "build_s": round(r.seconds, 2), "peak_mb": round(r.peak_mb, 1)}
+            for name, r in records.items()
+        }
+    }
+
+
+def report(device: DeviceInfo, options: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
+    """The JSON report."""
+    return {
+        "format": FORMAT,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": {**asdict(device), "capability": capability_name(device)},
+        "machine": {"system": platform.platform(), "python": platform.python_version(), "packages": _versions()},
+        "options": options,
+        "passed": bool(steps) and all(step.passed is not False for step in steps),
+        "steps": [asdict(step) for step in steps],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the reports, and the bundles under it")
+    parser.add_argument("--flavour", choices=("auto", RTX, CLASSIC), default="auto")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--runs", type=int, default=100, help="timed images; p99 wants a hundred")
+    parser.add_argument("--warmup", type=int, default=10, help="images before those")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one export or measurement")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, workers: Workers | None = None) -> int:
+    """Run everything and write the reports: 0 if all passed, else 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.runs < 1 or options.warmup < 2:
+            raise OptionError(f"--runs {options.runs} --warmup {options.warmup}: at least 1 and 2")
+        device = choose_device(options.flavour)
+        bundles = options.out / "bundles"
+        bundles.mkdir(parents=True, exist_ok=True)
+        workers = workers or Processes(runs=options.runs, warmup=options.warmup, timeout=options.timeout)
+        cases = [Case(form=form, steps=count) for form in options.forms for count in options.steps]
+        steps = accept(cases, device, workers, bundles, tell=_print)
+        asked = {name: value for name, value in vars(options).items() if name != "out"}
+        result = report(device, asked, steps)
+        write_atomic(options.out / "gpu_acceptance.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_atomic(options.out / "gpu_acceptance.md", markdown(result).encode())
+    except HypersdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: cannot write {options.out}: {error.strerror}; choose another --out", file=sys.stderr)
+        return 1
+    return 0 if result["passed"] else 1
+
+
+def _print(step: Step) -> None:
+    word = {True: "passed", False: "FAILED", None: "left out"}[step.passed]
+    print(f"{step.name:<24} {word:<9} {step.seconds:8.1f} s  {step.note}".rstrip(), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
