@@ -220,6 +220,7 @@ class NvidiaDevice:
         error, graph = cuda.cudaStreamEndCapture(self._stream)
         if refused or int(error) != 0:
             cuda.cudaGetLastError()  # CUDA would report it again at the next call
+            self._log.take()
             return None
         launchable = self._own(cuda.cudaGraphExecDestroy, self._check(cuda.cudaGraphInstantiate(graph, 0)))
         self._check(cuda.cudaGraphDestroy(graph))
