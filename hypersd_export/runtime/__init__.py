@@ -3,7 +3,7 @@
     from hypersd_export.runtime import Pipeline
     Pipeline.from_bundle("bundle")("a red apple", seed=0).images[0].save("apple.png")
 
-Needs NumPy, onnxruntime, tokenizers and Pillow. Importing this package imports none of them.
+Needs NumPy, tokenizers, Pillow, and onnxruntime or TensorRT. Importing this package imports none of them.
 """
 
 from typing import TYPE_CHECKING, Any

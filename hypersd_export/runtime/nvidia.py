@@ -251,7 +251,8 @@ class NvidiaEngine:
         self.tensors = tuple(self._tensor(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors))
         self._cache: Any = None
         if device._rtx:
-            self._cache = engine.create_runtime_config().create_runtime_cache()
+            self._config = engine.create_runtime_config()  # kept, as nobody says that the cache may outlive it
+            self._cache = self._config.create_runtime_cache()
             if compiled is not None:
                 self._cache.deserialize(compiled)  # False for another environment: then they are compiled anew
 
@@ -274,6 +275,7 @@ class NvidiaEngine:
 
     def context(self) -> "NvidiaContext":
         """See `Engine`."""
+        config = None
         if self._device._rtx:
             config = self._engine.create_runtime_config()
             config.set_runtime_cache(self._cache)
@@ -285,18 +287,20 @@ class NvidiaEngine:
             context = self._engine.create_execution_context()
         if context is None:
             raise OptionError(f"{self._device.info.name} has no room for {self._path}: {self._device._log.take()}")
-        return NvidiaContext(self._device, self._path, context)
+        return NvidiaContext(self._device, self._path, context, owners=(self, config))
 
     def compiled(self) -> bytes | None:
         """See `Engine`."""
-        return None if self._cache is None else bytes(self._cache.serialize())
+        content = None if self._cache is None else self._cache.serialize()
+        return None if content is None else bytes(content)
 
 
 class NvidiaContext:
     """`Context` of either flavour."""
 
-    def __init__(self, device: NvidiaDevice, path: Path, context: Any) -> None:
-        self._device, self._path, self._context = device, path, context
+    def __init__(self, device: NvidiaDevice, path: Path, context: Any, owners: tuple[Any, ...]) -> None:
+        """`owners` live as long as the context does."""
+        self._device, self._path, self._context, self._owners = device, path, context, owners
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """See `Context`."""
