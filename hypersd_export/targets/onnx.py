@@ -8,7 +8,7 @@ are removed, and names are kept exactly. Weights stay in the file up to `EXTERNA
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,25 +35,40 @@ def check_options(*, opset: int) -> None:
 
 
 def build(
-    graph: Graph, folder: Path, *, opset: int = DEFAULT_OPSET, precision: str = "fp32", external: bool | None = None
+    graph: Graph,
+    folder: Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    precision: str = "fp32",
+    external: bool | None = None,
+    edit: "Callable[[onnx_ir.Model], None] | None" = None,
 ) -> dict[str, Any]:
     """Export `graph` into `folder/model.onnx` and return what the manifest says about it: opset, nodes, bytes.
 
+    `precision` is what the module's weights are, for the record; `edit` changes the graph before it is cleaned.
     `external` forces the weights into (True) or keeps them out of (False) `model.onnx_data`; None decides by size.
     A data file of an earlier build is never left behind. Raises `MissingBackend` without onnx or onnxscript.
     """
     check_options(opset=opset)
     model = _export(graph, opset)
+    if edit is not None:
+        edit(model)
+    return write(model, folder, precision=precision, external=external)
+
+
+def write(model: "onnx_ir.Model", folder: Path, *, precision: str, external: bool | None = None) -> dict[str, Any]:
+    """Clean a model, save it as `folder/model.onnx` and check it; arguments and result as in `build`."""
+    inputs, outputs = ([str(value.name) for value in side] for side in (model.graph.inputs, model.graph.outputs))
     clean(model)
     folder.mkdir(parents=True, exist_ok=True)
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external is None:
         external = weight_bytes > EXTERNAL_DATA_BYTES
     save(model, folder, external=external)
-    check(folder / MODEL_FILE, list(graph.inputs), graph.output_names)
+    check(folder / MODEL_FILE, inputs, outputs)
     return {
         "precision": precision,
-        "opset": opset,
+        "opset": model.opset_imports[""],
         "nodes": len(list(model.graph)),
         "weight_bytes": int(weight_bytes),
         "external_data": external,
