@@ -8,6 +8,7 @@ The CLIs turn a `HypersdError` into that one line and exit code 1; anything else
       ModelError           a base model that is missing, damaged or of another kind
       LoraError            a LoRA that does not fully land
       MissingBackend       a package or provider that is not installed
+      BuildError           a graph that a target's library refuses, or a build that came to nothing
       DestinationError     `--out` and the disk under it
       ParityError          an artifact that does not reproduce torch
       BundleError          a bundle that is damaged, tampered with or of another version
@@ -44,6 +45,10 @@ class MissingBackend(HypersdError):  # noqa: N818 (says what is wrong, as the ot
         super().__init__(f"{need} needs {package}, which is not installed: pip install 'hypersd[{extra}]'")
         self.package = package
         self.extra = extra
+
+
+class BuildError(HypersdError):
+    """A graph that a target's library refuses, or a build that came to nothing."""
 
 
 class DestinationError(HypersdError):
