@@ -60,7 +60,8 @@ def test_it_was_made_by_the_recipe_of_its_name(shipped):
     assert [(s["segments"], s["points"], s["steps"], s["lr"], s["w_mse"], s["w_adv"]) for s in made["stages"]] == [
         (s.segments, s.points, s.steps, s.lr, s.w_mse, s.w_adv) for s in now.stages
     ]
-    assert (made["distance"], made["ema_decay"], made["batch"]) == (str(now.distance), now.ema_decay, now.batch)
+    settings = ("distance", "edge_share", "ema_decay", "batch")
+    assert [made[name] for name in settings] == [getattr(now, name) for name in settings]
     done = [stage.steps for stage in now.stages if stage.segments >= steps]
     assert lora.metadata["hypersd.steps"] == str(sum(done))
     assert "/" not in "".join(lora.metadata.values()).replace("</w>", "")

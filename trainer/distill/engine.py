@@ -22,7 +22,7 @@ from torch import nn
 
 from hypersd_export.errors import MissingBackend, OptionError
 from trainer.discriminator import Discriminator
-from trainer.distill.config import DistillConfig
+from trainer.distill.config import SCORE, DistillConfig
 from trainer.distill.networks import Networks
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -132,7 +132,7 @@ class Engine:
         (optimizer.optimizer if self.kind == "DEEPSPEED" else optimizer).state.clear()
         self.critic_optimizer = None
         if discriminator is not None:
-            settings = self.config.adversarial
+            settings: Any = self.config.score if self.config.method == SCORE else self.config.adversarial
             self.critic_optimizer = make_optimizer(
                 self.config.optimizer, discriminator.trainable_parameters(), lr=settings.lr, betas=settings.betas,
                 weight_decay=0.0,
@@ -164,12 +164,12 @@ class Engine:
             self.accelerator.reduce(loss.detach().isfinite().float(), reduction="sum") == self.accelerator.num_processes
         )
 
-    def gradient_norms(self) -> dict[str, float]:
+    def gradient_norms(self, *, student: bool = True) -> dict[str, float]:
         """Unscale, average the discriminator's gradients over the processes, and clip both: the norms before that."""
         norms = {}
-        if self.kind == "DEEPSPEED":
+        if student and self.kind == "DEEPSPEED":
             norms["grad_norm"] = float(self.accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm() or 0.0)
-        else:
+        elif student:
             norms["grad_norm"] = self._clipped(self.scaler, bare(self.optimizer))
         if self.critic_optimizer is not None:
             self._average(self.critic_optimizer)
@@ -181,9 +181,10 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def update(self) -> None:
-        """One step of both optimisers with the gradients at hand; a float16 overflow skips its step."""
-        if self.kind != "DEEPSPEED":  # whose engine has done it in `backward`
+    def update(self, *, student: bool = True) -> None:
+        """One step of both optimisers (or of the critic's alone) with the gradients at hand; a float16 overflow skips
+        its step."""
+        if student and self.kind != "DEEPSPEED":  # whose engine has done it in `backward`
             self.scaler.step(bare(self.optimizer))
             self.scaler.update()
         if self.critic_optimizer is not None:

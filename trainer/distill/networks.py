@@ -91,6 +91,10 @@ class Networks:
         """What is trained: the student adapter's weights, float32."""
         return list(self._weights[Role.STUDENT].values())
 
+    def fake_parameters(self) -> list[nn.Parameter]:
+        """The weights of the adapter that `fake` runs, float32."""
+        return list(self._weights[Role.TEACHER].values())
+
     def student(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The student's output for x [b, C, h, w] at timesteps t [b], float32, with gradient if grad mode is on.
 
@@ -98,6 +102,14 @@ class Networks:
         """
         self._activate(Role.STUDENT)
         return self._run(self.call, x, t, conditioning)
+
+    def fake(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The fake score's output, as `student`'s: the teacher's adapter, whose weights a score distillation trains.
+
+        Leaves that adapter active; `student` and `frozen` set what they need themselves.
+        """
+        self._activate(Role.TEACHER)
+        return self._run(self.unet, x, t, conditioning)
 
     @torch.no_grad()
     def frozen(
