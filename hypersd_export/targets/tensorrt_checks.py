@@ -115,7 +115,7 @@ def check_profile(facts: OnnxFacts, profile: Profile) -> None:
     The library checks none of this: it builds an engine that no input fits.
     """
     free = {tensor.name: tensor for tensor in facts.inputs if -1 in tensor.shape}
-    ranges: dict[str, tuple[tuple[int, ...], str]] = {}
+    known: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, tensor in free.items():
         if name not in profile:
             raise OptionError(f"input {name} has free dimensions {list(tensor.shape)}: its range has to be given")
@@ -130,7 +130,7 @@ def check_profile(facts: OnnxFacts, profile: Profile) -> None:
             if size != -1 and {*sides} != {size}:
                 raise OptionError(f"{said} changes axis {axis}, which is {size} in the graph")
             symbol = facts.symbols[name][axis]
-            first = ranges.setdefault(symbol, (sides, name)) if symbol else (sides, name)
+            first = known.setdefault(symbol, (sides, name)) if symbol else (sides, name)
             if first[0] != sides:
                 raise OptionError(f"{said} has {sides} where {first[1]} has {first[0]}: both are {symbol!r}")
     for name in set(profile) - set(free):
@@ -207,10 +207,10 @@ def interface_problems(facts: OnnxFacts, inputs: Sequence[EngineTensor], outputs
         if names[0] != names[1]:
             problems.append(f"the {side}s are {', '.join(names[1])} and not {', '.join(names[0])}")
             continue
-        for graph, network in zip(wanted, found, strict=True):
-            if (graph.shape, graph.dtype) != (network.shape, network.dtype):
+        for graph, parsed in zip(wanted, found, strict=True):
+            if (graph.shape, graph.dtype) != (parsed.shape, parsed.dtype):
                 problems.append(
-                    f"{side} {graph.name} is {network.dtype} {list(network.shape)} "
+                    f"{side} {graph.name} is {parsed.dtype} {list(parsed.shape)} "
                     f"and not {graph.dtype} {list(graph.shape)}"
                 )
     return problems

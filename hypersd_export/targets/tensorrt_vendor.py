@@ -30,15 +30,14 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "add_optimization_profile", "builder_optimization_level", "progress_monitor", "set_flag",
         "set_memory_pool_limit",
     ),
-    "IHostMemory": ("nbytes",),
     "ILayer": ("get_input", "get_output", "metadata", "name", "num_inputs", "num_outputs", "type"),
-    "ILogger": ("ERROR", "INTERNAL_ERROR", "Severity"),
+    "ILogger": ("ERROR", "INTERNAL_ERROR"),
     "INetworkDefinition": (
         "get_input", "get_layer", "get_output", "num_inputs", "num_layers", "num_outputs",
     ),
     "IOptimizationProfile": ("set_shape",),
     "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
-    "ITensor": ("dtype", "is_shape_tensor", "name", "shape"),
+    "ITensor": ("dtype", "name", "shape"),
     "LayerType": (
         "ASSERTION", "CAST", "CONCATENATION", "CONDITION", "CONSTANT", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT",
         "GATHER", "IDENTITY", "ITERATOR", "LOOP_OUTPUT", "RECURRENCE", "SELECT", "SHAPE", "SHUFFLE", "SLICE", "SQUEEZE",
