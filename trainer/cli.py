@@ -87,6 +87,17 @@ def tscd(
     distill("tscd", recipe, base, data, assignments, out, resume, dry_run)
 
 
+@app.command()
+def score(
+    init_lora: Annotated[Path | None, typer.Option(help="The few-step LoRA that the student starts from.")] = None,
+    recipe: _Recipe = "builtin", base: _Base = "", data: _Data = "", assignments: _Set = None, out: _Out = None,
+    resume: _Resume = "latest", dry_run: _DryRun = False,
+) -> None:  # fmt: skip
+    """Score distillation: make a few-step LoRA's pictures as likely as the teacher's, at one step or several."""
+    given = [] if init_lora is None else [f"init_lora={init_lora}"]
+    distill("score", recipe, base, data, [*given, *(assignments or [])], out, resume, dry_run)
+
+
 def _distill_config(method: str, recipe: str, base: str, data: str, assignments: list[str]) -> "DistillConfig":
     """The recipe by this method, then --set, then --base and --data."""
     from dataclasses import replace

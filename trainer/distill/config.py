@@ -92,14 +92,14 @@ class AdversarialConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
-    """Score distillation (method "score"; `trainer.losses.score`). Ratio, range of t and betas are DMD2's, the rest ours.
+    """Score distillation (method "score"; `trainer.losses.score`). Ratio, t_range and betas are DMD2's, the rest ours.
 
     steps: the sampler's step counts that the student is trained at, a sample each; for more than one the steps before
     are played by the student itself (DMD2's backward simulation). start_t: the timestep of the first step, -1 for the
-    schedule's last (paper: 999, and 800 for the one-step UNet). t_range: of the noise at which both scores are compared,
-    as a share of all timesteps. student_every: the fake score learns in every step, the student in each such one (a
-    stage's `steps` count the fake's). lr, betas: the fake score's. pairs: how many of the teacher's own solutions (noise
-    → sample in `pair_steps` steps of DDIM) anchor the student, 0 for none; pair_share: of the batch.
+    schedule's last (paper: 999, and 800 for the one-step UNet). t_range: of the noise at which both scores are
+    compared, as a share of all timesteps. student_every: the fake score learns in every step, the student in each
+    such one (a stage's `steps` count the fake's). lr, betas: the fake score's. pairs: how many of the teacher's own
+    solutions (noise → sample in `pair_steps` steps of DDIM) anchor the student, 0 for none; pair_share: of the batch.
     """
 
     steps: tuple[int, ...] = (1,)
@@ -128,7 +128,9 @@ class ScoreConfig:
         if min(self.w_match, self.w_anchor) < 0 or self.w_match + self.w_anchor == 0:
             raise OptionError(f"score.w_match {self.w_match}, w_anchor {self.w_anchor}: must be >= 0, not both 0")
         if self.pairs and 1 not in self.steps:
-            raise OptionError(f"score.pairs {self.pairs}: they anchor one step, which score.steps {list(self.steps)} lacks")
+            raise OptionError(
+                f"score.pairs {self.pairs}: they anchor one step; add 1 to score.steps {list(self.steps)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,6 +262,8 @@ def with_method(config: DistillConfig, method: str) -> DistillConfig:
     one = StageConfig(segments=1, points=points.get(1, 50), steps=total, lr=lr)
     if method == "tscd":
         return replace(config, method=method)
+    if method == SCORE:  # ours: a fifth of the rate, as the student has been trained; every step trains the fake score
+        return replace(config, method=method, stages=(replace(one, lr=lr / 5),))
     config = replace(config, edge_share=0.0)  # ours, and TSCD's alone
     if method == "tcd":
         return replace(config, method=method, stages=(one,), distance=Distance.HUBER)
@@ -271,7 +275,7 @@ def with_method(config: DistillConfig, method: str) -> DistillConfig:
     if method == "pcm":
         four = replace(one, segments=4, points=points.get(4, 40))
         return replace(config, method=method, stages=(four,), distance=Distance.HUBER, end=End.EDGE)
-    raise OptionError(f"--method {method!r} is not a method; there are: {', '.join(METHODS)}")
+    raise OptionError(f"--method {method!r} is not a method; there are: {', '.join((*METHODS, SCORE))}")
 
 
 def builtin() -> DistillConfig:
@@ -279,12 +283,13 @@ def builtin() -> DistillConfig:
     coarse grid costs nothing, and what the student learns at the low end reaches the high end in fewer updates. Every
     jump goes to its segment's edge, where the few-step samplers land: with so few updates each random end is one too
     many (FD to the teacher at one step, seen prompts: 0.65, and 0.75 with 0.3 of the ends at random). Pseudo-Huber is
-    far better than the squared error. No adversarial loss: `adversarial` are the critic's settings where it was tried."""
+    far better than the squared error. No adversarial loss: `adversarial` are the critic's settings in its trials."""
     stages = tscd_stages((100, 100, 200, 600), 5e-4, points=(16, 16, 8, 8), mse=(1.0,) * 4, adv=(0.0,) * 4)
     critic = AdversarialConfig(backend=Backend.FROZEN, real=Real.DATA, reach=0.1, lr=2e-3)
     return DistillConfig(
         method="tscd", stages=stages, distance=Distance.HUBER, edge_share=1.0, lora=LoraConfig(rank=32, alpha=32.0),
-        adversarial=critic, batch=32, weight_decay=0.0, warmup=20, cooldown=0.5, validate_every=200,
+        adversarial=critic, score=ScoreConfig(student_every=2, lr=4e-4, pairs=2048), batch=32,
+        weight_decay=0.0, warmup=20, cooldown=0.5, validate_every=200,
     )  # fmt: skip
 
 

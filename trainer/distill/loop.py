@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from hypersd_export.model.files import write_tensors
 from trainer.batch import Batch, Source
 from trainer.distill.engine import Engine
 from trainer.distill.networks import Role
+from trainer.distill.score import ScoreDraws, ScoreStep
 from trainer.distill.snapshot import writing
 from trainer.distill.step import DistillStep, Draws
 from trainer.losses.tscd import Boundary
@@ -45,7 +47,7 @@ class StageLoop:
     """The loop of one stage: `number` from 1; `offset` student steps lie behind it; `out` is the run's folder."""
 
     def __init__(
-        self, engine: Engine, step: DistillStep, source: Source, *, number: int, offset: int, out: Path
+        self, engine: Engine, step: DistillStep | ScoreStep, source: Source, *, number: int, offset: int, out: Path
     ) -> None:
         self.engine, self.step, self.source = engine, step, source
         self.number, self.offset, self.out = number, offset, out
@@ -67,18 +69,19 @@ class StageLoop:
             for name, value in self._micro(index, rows, draws).items():
                 sums[name] = sums[name] + value if name in sums else value
         logs = engine.mean(sums)
-        logs |= engine.gradient_norms()
+        logs |= engine.gradient_norms(student=draws.student)
         if not all(map(math.isfinite, logs.values())):
             losses_fine = all(math.isfinite(value) for name, value in logs.items() if not name.endswith("grad_norm"))
             if not losses_fine or not engine.overflowed({n: v for n, v in logs.items() if n.endswith("grad_norm")}):
                 engine.forget_gradients()
                 raise DataError(self._stop(index, draws, logs))
             logs = {**{n: v for n, v in logs.items() if math.isfinite(v)}, "overflow": 1.0}
-        engine.update()
-        step.networks.update_target(engine.config.ema_decay)
+        engine.update(student=draws.student)
+        if draws.student:
+            step.networks.update_target(engine.config.ema_decay)
         return logs
 
-    def _micro(self, index: int, rows: slice, draws: Draws) -> dict[str, torch.Tensor]:
+    def _micro(self, index: int, rows: slice, draws: Any) -> dict[str, torch.Tensor]:
         """Forward and backward of one micro-batch, student first, then the discriminator."""
         engine, step = self.engine, self.step
         batch = self.source.batch(self._positions(index, rows)).to(engine.device)
@@ -88,10 +91,11 @@ class StageLoop:
         with engine.accelerator.accumulate(step.networks.call):
             with engine.autocast():
                 output = step(batch, part)
-            if engine.kind == "DEEPSPEED" and not engine.finite_everywhere(output.loss):
-                raise DataError(self._stop(index, draws, {"loss": math.nan}))  # its backward also updates
-            engine.backward(output.loss)
-        logs = {"loss": output.loss.detach(), **output.logs}
+            if output.loss is not None:
+                if engine.kind == "DEEPSPEED" and not engine.finite_everywhere(output.loss):
+                    raise DataError(self._stop(index, draws, {"loss": math.nan}))  # its backward also updates
+                engine.backward(output.loss)
+        logs = dict(output.logs) if output.loss is None else {"loss": output.loss.detach(), **output.logs}
         if output.look is not None:
             with engine.autocast():
                 loss, critic_logs = step.critic_loss(output.look)
@@ -119,7 +123,7 @@ class StageLoop:
         begin = (self.offset + index) * self.engine.config.batch
         return range(begin + rows.start, begin + rows.stop)
 
-    def _stop(self, index: int, draws: Draws, logs: dict[str, float]) -> str:
+    def _stop(self, index: int, draws: Draws | ScoreDraws, logs: dict[str, float]) -> str:
         """Save the global batch of a bad step (main process) and say what happened, in one line."""
         path = self.out / "bad" / f"stage{self.number}-step{index:06d}.safetensors"
         figures = ", ".join(f"{name} {value:g}" for name, value in logs.items())
@@ -133,13 +137,9 @@ class StageLoop:
             f"{where}; nothing was updated, and its batch is in {path}; look at its names, or lower the learning rate"
         )
 
-    def _save_batch(self, path: Path, index: int, draws: Draws, logs: dict[str, float]) -> None:
+    def _save_batch(self, path: Path, index: int, draws: Draws | ScoreDraws, logs: dict[str, float]) -> None:
         batch = self.source.batch(self._positions(index, slice(0, self.engine.config.batch)))
-        tensors = {
-            "latents": batch.latents, "noise": draws.noise, "indices.start": draws.indices.start,
-            "indices.end": draws.indices.end, "guidance": draws.guidance, "drop": draws.drop,
-            "critic_t": draws.critic_t, "critic_noise": draws.critic_noise,
-        }  # fmt: skip
+        tensors = {"latents": batch.latents, **draws.tensors()}
         metadata = {
             "stage": str(self.number), "step": str(index), "names": json.dumps(batch.names),
             "captions": json.dumps(batch.captions), "logs": json.dumps({n: repr(v) for n, v in logs.items()}),

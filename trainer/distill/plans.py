@@ -3,7 +3,7 @@
 from typing import Any
 
 from hypersd_export.diffusion import FewStepPlan, Guidance, NoiseSchedule, PredictionType, Solver, grid_timesteps
-from trainer.distill.config import DistillConfig, StageConfig
+from trainer.distill.config import SCORE, DistillConfig, StageConfig
 
 UNIFIED_TSCD = (1, 2, 4, 8)
 """Step counts of the last TSCD stage: the released unified LoRA does 1 to 8 with TCD, eta 1."""
@@ -18,9 +18,9 @@ def plans_for(
 ) -> list[FewStepPlan]:
     """The plans of the LoRA that `stage` ends with.
 
-    TSCD with k > 1, and PCM: DDIM trailing with k steps, whose timesteps are the segments' edges; TSCD with k = 1: TCD
-    with eta 1; TCD: TCD with eta 0.3; LCM: LCM. No guidance, because the teacher's step has it baked in; the middle of
-    the configured range where the student keeps guidance (`cfg_preserved`).
+    TSCD with k > 1, and PCM: DDIM trailing with k steps, whose timesteps are the segments' edges; TSCD with k = 1, and
+    score distillation: TCD with eta 1; TCD: TCD with eta 0.3; LCM: LCM. No guidance, because the teacher's step has it
+    baked in; the middle of the configured range where the student keeps guidance (`cfg_preserved`).
     """
     low, high = config.guidance
     guidance = Guidance.of((low + high) / 2) if config.cfg_preserved else Guidance()
@@ -29,7 +29,7 @@ def plans_for(
         return [FewStepPlan(solver=Solver.DDIM, num_steps=stage.segments, **common)]
     solver = Solver.LCM if config.method == "lcm" else Solver.TCD
     eta = {"lcm": 0.0, "tcd": TCD_ETA}.get(config.method, 1.0)
-    counts = UNIFIED_TSCD if config.method == "tscd" else UNIFIED
+    counts = UNIFIED_TSCD if config.method in ("tscd", SCORE) else UNIFIED
     return [
         FewStepPlan(
             solver=solver, num_steps=count, eta=eta, original_inference_steps=stage.points,

@@ -19,14 +19,16 @@ from hypersd_export.model.files import public_name
 from trainer.batch import Source
 from trainer.config import as_json
 from trainer.discriminator import Discriminator
-from trainer.distill.config import METHODS, DistillConfig, StageConfig
+from trainer.distill.config import METHODS, SCORE, DistillConfig, StageConfig
 from trainer.distill.engine import DTYPES, Engine
 from trainer.distill.logs import JsonLog, check_log_with, log_grid, start_tracker
 from trainer.distill.loop import StageLoop, StepResult
 from trainer.distill.lora_file import Origin, load_student, save_student, updates_of
 from trainer.distill.networks import Networks
+from trainer.distill.pairs import Pairs, open_pairs
 from trainer.distill.plans import plans_for
 from trainer.distill.resume import open_run, write_run
+from trainer.distill.score import FakeScore, ScoreStep
 from trainer.distill.snapshot import Place, Snapshot, disk, save_snapshot, set_aside_newer, writing
 from trainer.distill.state import Gathered, collect, restore, restore_networks
 from trainer.distill.step import DistillStep
@@ -69,8 +71,8 @@ class Distillation:
         self, config: DistillConfig, out: Path, *, resume: str = "latest", base: Any = None,
         source: Source | None = None, say: Callable[[str], object] = bool,
     ) -> None:  # fmt: skip
-        if config.method not in METHODS:
-            raise OptionError(f"method {config.method!r} is not a method; there are: {', '.join(METHODS)}")
+        if config.method not in (*METHODS, SCORE):
+            raise OptionError(f"method {config.method!r} is not a method; there are: {', '.join((*METHODS, SCORE))}")
         if source is None and not config.data.source:
             raise OptionError("no data: this recipe needs --data, an image folder, a dataset or a shard pattern")
         if config.validate_every and not config.validation_prompts and config.base != "builtin":
@@ -84,6 +86,8 @@ class Distillation:
         self._base, self._told = base, 0
         self._source: Any = source
         self.engine = Engine(config)
+        if config.method == SCORE and self.engine.kind in ("FSDP", "DEEPSPEED"):
+            raise OptionError(f"method {SCORE} with {self.engine.kind}: trains two adapters of one UNet; take DDP")
         self._say = say if self.engine.is_main else bool
 
     @property
@@ -155,13 +159,16 @@ class Distillation:
             self._inherited = updates_of(Path(config.init_lora))
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        self._critic, self._untrained = None, {}
+        self._critic: Any = None
+        self._untrained: dict[str, torch.Tensor] = {}
         if any(stage.w_adv for stage in config.stages):
             self._critic = Discriminator(unet, config.adversarial)
             self._untrained = {name: tensor.clone() for name, tensor in self._critic.state().items()}
             self._critic.to(engine.device)
         self.networks = engine.prepare(networks)
         self._empty = self._source.empty.to(engine.device)
+        if config.method == SCORE:
+            self._critic, self._pairs = FakeScore(self.networks), self._open_pairs()
         self._validator = self._make_validator() if config.validate_every else None
 
     def _begin(self, snapshot: Snapshot | None) -> Place:
@@ -182,7 +189,7 @@ class Distillation:
 
     def _stage(self, number: int) -> Iterator[Progress]:
         config, stage, engine = self.config, self.config.stages[number - 1], self.engine
-        critic = self._critic if stage.w_adv else None
+        critic = self._critic if stage.w_adv or config.method == SCORE else None
         if critic is not None:
             critic.load_state(self._untrained)
         engine.start_stage(critic)
@@ -191,7 +198,7 @@ class Distillation:
         if self._pending is not None:
             restore(self._pending.tensors, self._pending.extra, engine, self.networks, critic)
             first, self._pending = self._pending.place.step, None  # not held in memory while the stage trains
-        step = DistillStep(self.networks, config, stage, self._empty, critic, number=number)
+        step = self._make_step(number, critic)
         offset = sum(before.steps for before in config.stages[: number - 1])
         loop = StageLoop(engine, step, self._source, number=number, offset=offset, out=self.out)
         for result in loop.run(first):
@@ -210,6 +217,27 @@ class Distillation:
         if stage.steps == 0:
             self._save(Place(number, 0), critic)
             self._write_lora(number)
+
+    def _make_step(self, number: int, critic: Any) -> DistillStep | ScoreStep:
+        config, stage = self.config, self.config.stages[number - 1]
+        if config.method == SCORE:
+            return ScoreStep(
+                self.networks, config, stage, self._empty, critic, plans=self._plans(stage), pairs=self._pairs,
+                number=number,
+            )  # fmt: skip
+        return DistillStep(self.networks, config, stage, self._empty, critic, number=number)
+
+    def _open_pairs(self) -> Pairs | None:
+        """The teacher's own solutions, solved by the first process and read by the others."""
+        config, engine = self.config, self.engine
+        if not config.score.pairs:
+            return None
+        cache = Path(config.data.cache) if config.data.cache else self.out / "cache"
+        with engine.accelerator.main_process_first(), engine.autocast():
+            return open_pairs(
+                self.networks, self._source, config, cache=cache, base=self._base.digest,
+                progress=self._solved,
+            )  # fmt: skip
 
     def _record(self, place: Place, offset: int, result: StepResult) -> None:
         if self._log is not None:
@@ -282,6 +310,10 @@ class Distillation:
         if done >= self._told + ENCODED_EVERY:
             self._told = done
             self._say(f"data: encoded {done}{f' of {of}' if of else ''}")
+
+    def _solved(self, done: int) -> None:
+        if done % 512 == 0:
+            self._say(f"pairs: solved {done} of {self.config.score.pairs}")
 
     def _facts(self) -> dict[str, Any]:
         skipped = self._skipped.names if self._skipped else {}

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,6 +42,16 @@ class Draws:
         """The same on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it by name, for the file of a bad step."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "indices"}
+        return {"indices.start": self.indices.start, "indices.end": self.indices.end, **plain}
+
+    @property
+    def student(self) -> bool:
+        """Whether the student learns in this step: always."""
+        return True
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Draws":
         tensors = {f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "indices"}
         return Draws(indices=Indices(function(self.indices.start), function(self.indices.end)), **tensors)
@@ -64,11 +75,12 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """`loss`: scalar, the mean over the micro-batch, with gradient to the student alone; `logs`: detached scalars."""
+    """`loss`: scalar, the mean over the micro-batch, with gradient to the student alone, None where it does not learn;
+    `logs`: detached scalars; `look`: what `critic_loss` wants, None without a critic."""
 
-    loss: torch.Tensor
+    loss: torch.Tensor | None
     logs: dict[str, torch.Tensor]
-    look: Look | None
+    look: Any
 
 
 class DistillStep:

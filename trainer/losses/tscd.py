@@ -156,7 +156,12 @@ def psi(
 
 def consistency_distance(pair: Pair, distance: Distance, huber_c: float = 1e-3) -> torch.Tensor:
     """d(student, target) of eq. 12 per sample [B]: the mean over its elements."""
-    difference = pair.student - pair.target
+    return elementwise_distance(pair.student, pair.target, distance, huber_c)
+
+
+def elementwise_distance(a: torch.Tensor, b: torch.Tensor, distance: Distance, huber_c: float = 1e-3) -> torch.Tensor:
+    """The squared error or pseudo-Huber of a and b [B, …], its mean over each sample's elements: [B]."""
+    difference = a - b
     if distance is Distance.MSE:
         each = difference.square()
     else:
