@@ -1,5 +1,6 @@
 """Score distillation: its formulas on Gaussians in closed form, its gradients, its sampler, and a run of it."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from hypersd_export.model.lora import read_lora
 from tests.train.small_run import finish, small_config, start
 from tests.train.small_unet import SHAPE, batch, conditioning, small_networks
 from trainer.cli import app
-from trainer.distill.config import LoraConfig, ScoreConfig, StageConfig, builtin, with_method
+from trainer.distill.config import ScoreConfig, StageConfig, builtin, with_method
 from trainer.distill.networks import Role
 from trainer.distill.pairs import Pairs, pair_noise, solve
 from trainer.distill.score import FakeScore, ScoreStep, courses
@@ -287,5 +288,11 @@ def test_its_stages_are_of_one_segment_and_have_no_critic():
 def test_the_command_says_what_it_would_do():
     result = CliRunner().invoke(app, ["score", "--set", "score.steps=[1,2]", "--dry-run"])
     assert result.exit_code == 0, result.output
-    assert '"method": "score"' in result.stdout
-    assert LoraConfig().rank == 64
+    said = json.loads(result.stdout)
+    assert said["config"]["method"] == "score"
+    assert said["passes_per_step"] == [{
+        "student_forward": 1, "student_backward": 0.5, "student_played": 0.125, "student_recomputed": 0.0,
+        "teacher": 1.0, "fake_forward": 1.5, "fake_backward": 1, "fake_recomputed": 0,
+    }]  # fmt: skip
+    one = said["memory_gib"]["one_gpu"]
+    assert one["fake_gradients_and_moments"] == pytest.approx(3 * one["lora_student"], abs=2e-3)

@@ -14,7 +14,7 @@ import torch
 
 from hypersd_export.diffusion import target_range
 from trainer.config import as_json
-from trainer.distill.config import Backend, DistillConfig, Real, StageConfig, Teacher
+from trainer.distill.config import SCORE, Backend, DistillConfig, Real, StageConfig, Teacher
 from trainer.distill.engine import DTYPES, Share
 from trainer.distill.measure import Rehearsal, Shapes
 from trainer.losses.tscd import Boundary, End
@@ -86,6 +86,8 @@ def passes(config: DistillConfig, stage: StageConfig) -> dict[str, float | int]:
     plain = stage.teacher is Teacher.PREVIOUS or config.cfg_preserved or config.guidance == (1.0, 1.0)
     teacher = 1 if plain else 2
     settings = config.adversarial
+    if config.method == SCORE:
+        return _score_passes(config, teacher)
     found: dict[str, float | int] = {
         "segments": stage.segments, "student_forward": 1, "student_backward": 1,
         "student_recomputed": int(config.gradient_checkpointing), "teacher": teacher,
@@ -101,6 +103,19 @@ def passes(config: DistillConfig, stage: StageConfig) -> dict[str, float | int]:
             "discriminator_backward": 2 + origin if trained else 0,
         }  # fmt: skip
     return found
+
+
+def _score_passes(config: DistillConfig, teacher: int) -> dict[str, float | int]:
+    """A step of score distillation, the student's part of it as a mean over the steps in which it learns and not."""
+    learns = 1 / config.score.student_every
+    played = sum((count - 1) / 2 for count in config.score.steps) / len(config.score.steps)
+    if config.score.pairs:  # an anchored sample is of one step
+        played *= 1 - config.score.pair_share
+    return {
+        "student_forward": 1, "student_backward": learns, "student_played": round(played, 4),
+        "student_recomputed": learns * config.gradient_checkpointing, "teacher": teacher * learns,
+        "fake_forward": 1 + learns, "fake_backward": 1, "fake_recomputed": int(config.gradient_checkpointing),
+    }  # fmt: skip
 
 
 def target_share(config: DistillConfig, stage: StageConfig) -> float:
@@ -122,6 +137,9 @@ def memory(config: DistillConfig, rehearsal: Rehearsal, shapes: Shapes) -> dict[
             shapes, rows, DTYPES[config.mixed_precision], checkpointing=config.gradient_checkpointing
         )
     held = _held(config, rehearsal)
+    if config.method == SCORE:
+        note = "the teacher's pass, which runs while the student's activations wait, is not counted"
+        return {"one_gpu": {**_table(held, peaks[one], one), "note": note}}
     many = _micro_batch(config, GPUS)
     fsdp = {name: size / GPUS if name not in ("discriminator",) else size for name, size in held.items()}
     zero2 = {
@@ -148,6 +166,8 @@ def _held(config: DistillConfig, rehearsal: Rehearsal) -> dict[str, float]:
         "base_weights": float(base), "lora_student": 4.0 * lora, "lora_target_and_teacher": 8.0 * lora,
         "lora_gradients": 4.0 * lora, "lora_moments": moments * lora,
     }  # fmt: skip
+    if config.method == SCORE:
+        held["fake_gradients_and_moments"] = (4 + moments) * lora
     if rehearsal.critic is not None:
         trained = _count(rehearsal.critic.trainable_parameters())
         weights = sum(w.nbytes for w in rehearsal.critic.parameters())
@@ -174,7 +194,7 @@ def _micro_batch(config: DistillConfig, processes: int) -> int:
     return Share.of(config.batch, min(config.micro_batch or rows, rows), rank=0, processes=processes).micro
 
 
-def _table(held: Mapping[str, float], passes_bytes: float, rows: int) -> dict[str, float | int]:
+def _table(held: Mapping[str, float], passes_bytes: float, rows: int) -> dict[str, Any]:
     gib = {name: round(size / 2**30, 3) for name, size in held.items()}
     total = sum(held.values()) + passes_bytes
     return {
