@@ -53,6 +53,14 @@ def export_command(
     single_graph: Annotated[bool, typer.Option("--single-graph", help="One graph for the whole pipeline.")] = False,
     unroll: Annotated[bool, typer.Option("--unroll", help="Single graph without a Loop.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
+    trt_flavour: Annotated[
+        str, typer.Option(help="rtx (needs no GPU), classic (builds on the GPU it is for) or auto.")
+    ] = "auto",
+    compute_capability: Annotated[
+        str | None, typer.Option(metavar="X.Y[,X.Y…]", help="GPUs of the TensorRT engines (default: all that can be).")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Of TensorRT engines: full, stripped or refit.")] = "full",
+    trt_level: Annotated[int, typer.Option(help="TensorRT's builder optimisation level, 0 to 5.")] = 3,
     out: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("bundle"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
     cache_dir: CacheDir = None,
@@ -64,7 +72,16 @@ def export_command(
     if context.invoked_subcommand is not None:
         return
     with one_line_errors(out, cache_dir):
-        from hypersd_export.spec import ExportSpec, PlanFlags, parse_ints, parse_loras, parse_size, parse_targets
+        from hypersd_export.spec import (
+            EngineFlags,
+            ExportSpec,
+            PlanFlags,
+            parse_ints,
+            parse_loras,
+            parse_size,
+            parse_targets,
+        )
+        from hypersd_export.targets.tensorrt import parse_capabilities
 
         spec = ExportSpec(
             targets=parse_targets(target),
@@ -89,6 +106,12 @@ def export_command(
             single_graph=single_graph,
             unroll=unroll,
             opset=opset,
+            engines=EngineFlags(
+                flavour=trt_flavour,
+                capabilities=parse_capabilities(compute_capability),
+                weights=weights,
+                level=trt_level,
+            ),
             out=out,
             overwrite=overwrite,
             cache_dir=cache_dir,
@@ -172,7 +195,7 @@ class Progress:
         """Print the sums: the export proper, and the verification apart."""
         from hypersd_export.export import VERIFY
 
-        own = [record for record in records if record.name != VERIFY]
+        own = [record for record in records if not record.name.startswith(VERIFY)]
         seconds, peak = sum(record.seconds for record in own), max(record.peak_mb for record in own)
         self.note(f"{'export in all':<20} {seconds:7.1f} s {peak:8,.0f} MB, verification apart")
 

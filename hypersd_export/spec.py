@@ -35,6 +35,16 @@ class PlanFlags:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFlags:
+    """The options of TensorRT engines; `capabilities` None means all that the library builds for."""
+
+    flavour: str = "auto"
+    capabilities: tuple[str, ...] | None = None
+    weights: str = "full"
+    level: int = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportSpec:
     """Every option of `hypersd-export`, parsed. `loras` None means the base's own default, () means none.
 
@@ -56,6 +66,7 @@ class ExportSpec:
     single_graph: bool = False
     unroll: bool = False
     opset: int = 20
+    engines: EngineFlags = dataclasses.field(default_factory=EngineFlags)
     out: Path = Path(DEFAULT_OUT)
     overwrite: bool = False
     cache_dir: Path | None = None
@@ -63,7 +74,7 @@ class ExportSpec:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
-        from hypersd_export.targets import onnx
+        from hypersd_export.targets import onnx, tensorrt
 
         if not 1 <= self.batch <= MAX_BATCH:
             raise OptionError(f"--batch {self.batch}: from 1 to {MAX_BATCH}")
@@ -76,6 +87,14 @@ class ExportSpec:
             raise OptionError("--unroll: it is about --single-graph; give both, or leave it away")
         _check_plan_flags(self.plan)
         onnx.check_options(opset=self.opset)
+        if Target.TENSORRT in self.targets:
+            flags = self.engines
+            tensorrt.check_options(flags.flavour, flags.capabilities, flags.weights, flags.level)
+        elif self.engines != EngineFlags():
+            raise OptionError(
+                "--trt-flavour, --compute-capability, --weights and --trt-level are about --target tensorrt: "
+                "add it, or leave them away"
+            )
         for target in self.targets:
             precision_of(target, self.precision)
 

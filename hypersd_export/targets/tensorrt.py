@@ -57,8 +57,6 @@ class EngineOptions:
     workspace_mb: int | None = None
 
     def __post_init__(self) -> None:
-        if self.optimization_level not in LEVELS:
-            raise OptionError(f"builder optimisation level {self.optimization_level}: from 0 to {LEVELS.stop - 1}")
         if self.workspace_mb is not None and self.workspace_mb < 1:
             raise OptionError(f"workspace of {self.workspace_mb} MB: at least 1, or leave it to the library")
 
@@ -68,12 +66,16 @@ class EngineOptions:
         return {name: getattr(self, name) for name in names}
 
 
-def check_options(flavour: str, capabilities: Sequence[str] | None, weights: str, precision: str = "fp16") -> None:
+def check_options(
+    flavour: str, capabilities: Sequence[str] | None, weights: str, level: int, precision: str = "fp16"
+) -> None:
     """Refuse, before anything is opened, what can be refused without knowing the machine. Raises `OptionError`."""
     if flavour not in (AUTO, *FLAVOURS):
         raise OptionError(f"--trt-flavour {flavour}: choose auto, {RTX} or {CLASSIC}")
     if weights not in WEIGHTS:
         raise OptionError(f"--weights {weights}: choose {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}")
+    if level not in LEVELS:
+        raise OptionError(f"--trt-level {level}: from 0 to {LEVELS.stop - 1}")
     for capability in capabilities or ():
         if flavour != CLASSIC:
             _check_rtx_capability(capability, flavour, precision)
@@ -129,7 +131,7 @@ def resolve(
         OptionError: a capability that the library does not build for, or a build that needs a GPU and has none.
         MissingBackend: the library is not installed.
     """
-    check_options(flavour, capabilities, weights)
+    check_options(flavour, capabilities, weights, optimization_level)
     gpu = vendor.gpu_capability()
     here = None if gpu is None else ".".join(map(str, gpu))
     chosen, reason = _choose(flavour, here)
@@ -209,7 +211,7 @@ def build(
         precision: what the graph computes in; "fp16" has every layer checked.
         profile: for inputs with free dimensions.
         fp32_nodes: ONNX nodes that an fp16 graph computes in float32, by the range scan.
-        glue_nodes: others that are in float32, such as a single graph's table and image; not in the record.
+        glue_nodes: others that may be in float32, such as a single graph's table and image; not in the record.
         timing_cache: a file that keeps what the builder measured, for "classic" alone: without a GPU nothing is.
         progress: told in a few words what the builder is at.
 
@@ -233,7 +235,8 @@ def build(
             "options": options.to_json(),
             "precision": precision,
             "profile": {name: [list(shape) for shape in shapes] for name, shapes in (profile or {}).items()},
-            "float32_nodes": sorted({*fp32_nodes, *glue_nodes}),
+            "fp32_nodes": sorted(fp32_nodes),
+            "glue_nodes": sorted(glue_nodes),
             "timing_cache": None if timing_cache is None else str(timing_cache.resolve()),
         }
         report = _in_process_of_its_own(request, Path(scratch), f"the engine of {component}", progress)

@@ -216,26 +216,32 @@ def interface_problems(facts: OnnxFacts, inputs: Sequence[EngineTensor], outputs
     return problems
 
 
-def precision_problems(layers: Sequence[Layer], float32_nodes: Collection[str], ops: Mapping[str, str]) -> list[str]:
+def precision_problems(
+    layers: Sequence[Layer],
+    fp32_nodes: Collection[str],
+    ops: Mapping[str, str],
+    *,
+    glue_nodes: Collection[str] = (),
+) -> list[str]:
     """Where an fp16 network is not what was intended.
 
-    Float32 may be what `float32_nodes` compute, what leads to a sine or cosine (the time's angles reach 999), and what
-    only moves numbers. All that the former name has to be float32, and no weight may be stored in float32 to be cast
-    down before it is used.
+    Float32 has to be what `fp32_nodes` compute. It may be what `glue_nodes` compute, what leads to a sine or cosine
+    (the time's angles reach 999), and what only moves numbers. No weight may be stored in float32 to be cast down
+    before it is used.
     """
-    allowed = set(float32_nodes)
+    wanted, allowed = set(fp32_nodes), {*fp32_nodes, *glue_nodes}
     time_path = _leading_to_sines(layers, ops)
     problems = []
     for layer in layers:
         if layer.kind in MOVING or not layer.dtypes:
             continue
         what = f"node {layer.node or layer.name} ({ops.get(layer.node, layer.kind.lower())})"
-        if layer.node in allowed and "HALF" in layer.dtypes:
+        if layer.node in wanted and "HALF" in layer.dtypes:
             problems.append(f"{what} is fp16 and ought to be float32")
         elif "FLOAT" in layer.dtypes and layer.node not in allowed and layer.name not in time_path:
             problems.append(f"{what} is float32 and ought to be fp16")
     known = {layer.node for layer in layers}
-    problems += [f"node {name}, which ought to be float32, is not in the network" for name in sorted(allowed - known)]
+    problems += [f"node {name}, which ought to be float32, is not in the network" for name in sorted(wanted - known)]
     return problems + _weight_problems(layers)
 
 

@@ -60,7 +60,9 @@ def build(request: Mapping[str, Any], progress: Callable[[str], None], stop: Sto
     layers = checks.read_layers(network)
     problems = checks.interface_problems(facts, inputs, outputs)
     if request["precision"] == "fp16":
-        problems += checks.precision_problems(layers, request["float32_nodes"], facts.ops)
+        problems += checks.precision_problems(
+            layers, request["fp32_nodes"], facts.ops, glue_nodes=request["glue_nodes"]
+        )
     if problems:
         raise BuildError(f"TensorRT reads {onnx.name} otherwise than was intended: {checks.listed(problems)}")
     config = vendor.config(builder, request["options"], request["capabilities"])

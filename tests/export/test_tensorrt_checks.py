@@ -57,6 +57,12 @@ def test_a_layer_of_another_precision(changes, allowed, said):
     assert precision_problems(net(**changes), allowed, OPS) == [said]
 
 
+def test_what_joins_the_parts_of_a_single_graph_may_be_float32():
+    glue = [*net(), layer("x.2", "ELEMENTWISE", ("y", "y"), "x.2", "FLOAT")]
+    assert len(precision_problems(glue, ["soft"], OPS)) == 1
+    assert precision_problems(glue, ["soft"], OPS, glue_nodes=["x.2", "loop", "gather"]) == []
+
+
 def test_what_leads_to_a_sine_may_be_float32_but_nothing_behind_it():
     behind = [*net(), layer("late", "ELEMENTWISE", ("sines", "sines"), "late", "FLOAT")]
     assert precision_problems(behind, ["soft"], OPS) == ["node late (elementwise) is float32 and ought to be fp16"]

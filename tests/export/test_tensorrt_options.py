@@ -69,7 +69,7 @@ def test_what_is_asked_for_is_taken(machine):
         (None, {"capabilities": ("7.5", "8.6")}, "fails to build fp16 UNets for Turing cards"),
         (None, {"flavour": "rtx", "capabilities": ("8.7",)}, "TensorRT-RTX has 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"),
         ((9, 0), {"capabilities": ("8.9",)}, "tensorrt builds for the GPU in this machine, which is 9.0"),
-        (None, {"optimization_level": 6}, "builder optimisation level 6: from 0 to 5"),
+        (None, {"optimization_level": 6}, "--trt-level 6: from 0 to 5"),
         (None, {"workspace_mb": 0}, "workspace of 0 MB: at least 1"),
     ],
 )  # fmt: skip
