@@ -243,7 +243,10 @@ def _parity_line(parity: Any) -> str:
 @app.command()
 def verify(
     bundle: Bundle,
-    provider: Annotated[str, typer.Option(help="onnxruntime's provider.")] = "cpu",
+    runtime: Annotated[
+        str | None, typer.Option(help="onnx or tensorrt; the bundle's first target by default.")
+    ] = None,
+    provider: Annotated[str | None, typer.Option(help="onnxruntime's: cpu (the default), cuda, …")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every file's sha256 and reproduce the golden picture, without torch."""
@@ -251,7 +254,7 @@ def verify(
         from hypersd_export.runtime.pipeline import Pipeline
         from hypersd_export.verify.metrics import reported
 
-        pipeline = Pipeline.from_bundle(bundle, provider=provider, check=True)
+        pipeline = Pipeline.from_bundle(bundle, runtime=runtime, provider=provider, check=True)
         golden = pipeline.golden()
         if as_json:
             data = {"digest": pipeline.digest, "passed": golden.passed, "psnr_db": reported(golden.psnr_db)}
@@ -259,7 +262,7 @@ def verify(
         elif golden.passed:
             typer.echo(f"all files as exported; {golden.line()}")
         if not golden.passed:
-            raise BundleError(f"{bundle}: the golden picture is not reproduced on {provider}: {golden.line()}")
+            raise BundleError(f"{bundle}: the golden picture is not reproduced on {pipeline.provider}: {golden.line()}")
 
 
 @app.command()
