@@ -243,9 +243,7 @@ def _parity_line(parity: Any) -> str:
 @app.command()
 def verify(
     bundle: Bundle,
-    runtime: Annotated[
-        str | None, typer.Option(help="onnx or tensorrt; the bundle's first target by default.")
-    ] = None,
+    runtime: Annotated[str | None, typer.Option(help="onnx or tensorrt; the bundle's first target by default.")] = None,
     provider: Annotated[str | None, typer.Option(help="onnxruntime's: cpu (the default), cuda, …")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -220,7 +220,7 @@ def test_its_own_sampler_is_the_plan_of_the_file_for_so_many_steps(tmp_path):
     lora_file(tmp_path / "k4.safetensors")
     with pytest.raises(OptionError, match="at 4 steps: the file has plans for none"):
         read_contestants(write(tmp_path, {**ENTRY, "sampler": "own"}))
-    with pytest.raises(OptionError, match="entry 1: guidance 2.0: sampler 'own' has its plan's; leave it out"):
+    with pytest.raises(OptionError, match=r"entry 1: guidance 2.0: sampler 'own' has its plan's; leave it out"):
         read_contestants(write(tmp_path, {**ENTRY, "sampler": "own", "steps": [4], "guidance": 2.0}))
 
 
