@@ -7,18 +7,22 @@ asks the `Workshop` for the graphs of its precision; whether those are published
 import functools
 import gc
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hypersd_export.bundle.cache import Stage
 from hypersd_export.clock import Clock
 from hypersd_export.graphs.spec import Component
-from hypersd_export.job import Job
+from hypersd_export.job import Job, code_digests, tool_versions
 from hypersd_export.targets import Target
 from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE
 from hypersd_export.targets.onnx_pipeline import PIPELINE_DATA_FILE, PIPELINE_FILE
+from hypersd_export.verify import range_scan
+from hypersd_export.verify.range_scan import Drawing, Ranges
 
 COMPOSE = "onnx-pipeline"
 
@@ -26,11 +30,17 @@ COMPOSE = "onnx-pipeline"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxGraphs:
     """The ONNX graphs of one precision: a stage per component (`model.onnx`, `config.json`, `build.json`), and under
-    `--single-graph` the `whole` (`pipeline.onnx`, `build.json`)."""
+    `--single-graph` the `whole` (`pipeline.onnx`, `build.json`).
+
+    A component's build.json has `built` (the manifest's figures), `fused` (the proof of each LoRA) and `fp32_nodes`:
+    the names of the nodes that the range scan keeps in float32.
+    """
 
     precision: str
     components: Mapping[Component, Stage]
     whole: Stage | None = None
+    ranges: Mapping[Component, Ranges] = field(default_factory=dict)
+    """fp16 alone: what the range scan found."""
 
     def keys(self) -> dict[str, str]:
         """The cache keys of all of them, by name."""
@@ -73,9 +83,7 @@ class Workshop:
     def onnx(self, precision: str) -> OnnxGraphs:
         """The ONNX graphs of this precision."""
         if precision not in self._onnx:
-            components = self._components(precision)
-            whole = self._compose(components) if self.job.spec.single_graph else None
-            self._onnx[precision] = OnnxGraphs(precision=precision, components=components, whole=whole)
+            self._onnx[precision] = self._graphs(precision)
         return self._onnx[precision]
 
     def stage(self, name: str, depends: Mapping[str, Any], build: Callable[[Path], None]) -> Stage:
@@ -84,6 +92,14 @@ class Workshop:
             stage = self.job.cache.get(name, depends, build)
             record.cached = stage.cached
         return stage
+
+    def _graphs(self, precision: str) -> OnnxGraphs:
+        components, ranges = self._components(precision), {}
+        if precision == "fp16":
+            ranges = self._scan(components)
+            components = {c: self._keep(c, stage, ranges[c]) for c, stage in components.items()}
+        whole = self._compose(precision, components) if self.job.spec.single_graph else None
+        return OnnxGraphs(precision=precision, components=components, whole=whole, ranges=ranges)
 
     def _components(self, precision: str) -> dict[Component, Stage]:
         def build(component: Component, folder: Path) -> None:
@@ -100,7 +116,33 @@ class Workshop:
             for component in self.job.components
         }
 
-    def _compose(self, parts: Mapping[Component, Stage]) -> Stage:
+    def _scan(self, components: Mapping[Component, Stage]) -> dict[Component, Ranges]:
+        """The range scan of fp16 graphs, and what it found in one line a component."""
+
+        def build(folder: Path) -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                graphs = {component: stage.path / MODEL_FILE for component, stage in components.items()}
+                drawing = _drawing(self.job, Path(scratch) / "tokenizer")
+                found = range_scan.scan(graphs, drawing, Path(scratch), self.clock.reporter.detail)
+            _write_json(folder / "ranges.json", {name: ranges.to_json() for name, ranges in found.items()})
+
+        keys = {component.value: stage.key for component, stage in components.items()}
+        stage = self.stage(_name("fp16", "scan"), self.job.scan_depends(keys), build)
+        data = json.loads((stage.path / "ranges.json").read_text(encoding="utf-8"))
+        found = {component: range_scan.Ranges.from_json(data[component]) for component in components}
+        for component, ranges in found.items():
+            self.clock.reporter.note(f"fp16 {component}: {ranges.line()}")
+        return found
+
+    def _keep(self, component: Component, raw: Stage, ranges: Ranges) -> Stage:
+        """The component with its kept ops in float32; itself where there are none."""
+        if not ranges.kept:
+            return raw
+        names = [op.node for op in ranges.kept]
+        depends = {"graph": raw.key, "kept": names, "versions": tool_versions(), "code": code_digests(("targets",))}
+        return self.stage(_name("fp16", f"{component}-kept"), depends, functools.partial(keep_ops, raw.path, names))
+
+    def _compose(self, precision: str, parts: Mapping[Component, Stage]) -> Stage:
         """The single graph of these components."""
         from hypersd_export.targets.onnx_pipeline import compose
 
@@ -108,7 +150,8 @@ class Workshop:
             graphs = {component: stage.path / MODEL_FILE for component, stage in parts.items()}
             _write_json(folder / "build.json", compose(graphs, self.job.wiring, folder))
 
-        return self.stage(COMPOSE, self.job.compose_depends({c: stage.key for c, stage in parts.items()}), build)
+        name = _name(precision, "pipeline")
+        return self.stage(name, self.job.compose_depends({c: stage.key for c, stage in parts.items()}), build)
 
 
 def _name(precision: str, what: str) -> str:
@@ -121,15 +164,52 @@ def build_component(job: Job, component: Component, precision: str, folder: Path
     import torch
 
     from hypersd_export.graphs.components import build_graph
-    from hypersd_export.targets import onnx
+    from hypersd_export.targets import onnx, onnx_fp16
 
-    module, fused = job.source.load(component.source, torch.float32)
+    half = precision == "fp16"
+    # Fused in float32 and rounded once; where nothing is fused there is no need of a float32 copy.
+    fuses = bool(job.source.loras_of(component.source))
+    module, fused = job.source.load(component.source, torch.float32 if fuses or not half else torch.float16)
+    if half:
+        onnx_fp16.check_weights(module.half(), component)
     guidance = job.embedded_guidance if component is Component.UNET else None
     config = component_config(job, component, module)
     graph = build_graph(component, module, job.shapes, embedded_guidance=guidance)
-    built = onnx.build(graph, folder, opset=job.spec.opset, precision=precision)
+    build = onnx_fp16.build if half else onnx.build
+    built = build(graph, folder, opset=job.spec.opset)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _write_json(folder / "build.json", {"built": built, "fused": fused})
+    _write_json(folder / "build.json", {"built": built, "fused": fused, "fp32_nodes": []})
+
+
+def keep_ops(raw: Path, names: Sequence[str], folder: Path) -> None:
+    """A component's fp16 stage `raw` with the nodes of these names in float32, as another stage."""
+    from hypersd_export.targets import onnx, onnx_fp16
+
+    model = onnx_fp16.read(raw / MODEL_FILE)
+    onnx_fp16.keep_float32(model, names)
+    built = onnx.write(model, folder, precision="fp16")
+    shutil.copyfile(raw / "config.json", folder / "config.json")
+    wanted = set(names)
+    there = [node.name for node in model.graph if node.name in wanted]  # the cleaning may have merged equal ones
+    notes = json.loads((raw / "build.json").read_text(encoding="utf-8"))
+    _write_json(folder / "build.json", {"built": built, "fused": notes["fused"], "fp32_nodes": there})
+
+
+def _drawing(job: Job, scratch: Path) -> Drawing:
+    """What the range scan draws: the export's prompt and others, by the bundle's own tokenizer."""
+    from hypersd_export.runtime.tokenizer import load_tokenizer
+
+    job.source.base.write_tokenizer(scratch)
+    tokenizer = load_tokenizer(scratch, length=job.shapes.tokens)
+    wiring = job.wiring
+    return Drawing(
+        prompts=range_scan.encode_prompts(tokenizer.encode, job.prompt),
+        negative=tokenizer.encode(""),
+        plans=job.plans,
+        shapes=job.shapes,
+        scaling_factor=wiring.scaling_factor,
+        shift_factor=wiring.shift_factor,
+    )
 
 
 def component_config(job: Job, component: Component, module: Any) -> dict[str, Any]:
@@ -167,10 +247,28 @@ def onnx_record(graphs: OnnxGraphs, opset: int) -> dict[str, Any]:
         **single,
         "precision": graphs.precision,
         "opset": opset,
-        "components": {component.value: note["built"] for component, note in notes.items()},
+        "components": {
+            component.value: note["built"] | _range_record(graphs, component, note)
+            for component, note in notes.items()
+        },
         "fused": [report for component, note in notes.items() if component is not Component.VAE_ENCODER
                   for report in note["fused"]],
     }  # fmt: skip
+
+
+def _range_record(graphs: OnnxGraphs, component: Component, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says about a component's range scan: the ops in float32, the margin, the largest value."""
+    if component not in graphs.ranges:
+        return {}
+    top = float(f"{graphs.ranges[component].top:.4g}")
+    return {"fp32_nodes": notes["fp32_nodes"], "margin": range_scan.MARGIN, "largest": top}
+
+
+def tensorrt_target(workshop: Workshop) -> Built:
+    """TensorRT: see `hypersd_export.build_tensorrt`."""
+    from hypersd_export.build_tensorrt import tensorrt_target as build
+
+    return build(workshop)
 
 
 def build_notes(stage: Stage) -> dict[str, Any]:
@@ -183,4 +281,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-BUILDERS: Mapping[Target, Callable[[Workshop], Built]] = {Target.ONNX: onnx_target}
+BUILDERS: Mapping[Target, Callable[[Workshop], Built]] = {
+    Target.ONNX: onnx_target,
+    Target.TENSORRT: tensorrt_target,
+}

@@ -24,6 +24,7 @@ from hypersd_export.job import GOLDEN_SEED, Job, check_backends, open_job, tool_
 from hypersd_export.plan_choice import describe
 from hypersd_export.spec import ExportSpec
 from hypersd_export.targets import Target
+from hypersd_export.verify.gates import IMAGE_DB
 from hypersd_export.verify.process import run_verification
 from hypersd_export.verify.request import VerifyRequest
 
@@ -89,20 +90,31 @@ def verify(job: Job, built: Sequence[Built], bundle: Path, clock: Clock, *, isol
     found = {each.onnx.precision: each.onnx for each in built if each.onnx is not None}
     published = {each.onnx.precision for each in built if each.onnx is not None and each.target is Target.ONNX}
     sets = sorted(found.values(), key=lambda graphs: graphs.precision not in published)
+    golden_db = min(IMAGE_DB[each.precision] for each in built)
     parity: dict[str, Any] = {}
     for graphs in sets or [OnnxGraphs(precision=built[0].precision, components={})]:  # without any: golden alone
         first = graphs is sets[0] if sets else True
         figures = verify_graphs(
-            job, graphs, bundle, clock, first=first, published=graphs.precision in published, isolate=isolate
-        )
+            job, graphs, bundle, clock,
+            first=first, published=graphs.precision in published, golden_db=golden_db, isolate=isolate,
+        )  # fmt: skip
         parity |= {name if first else f"{name} {graphs.precision}": value for name, value in figures.items()}
     return parity if job.spec.verify else NOT_VERIFIED
 
 
 def verify_graphs(
-    job: Job, graphs: OnnxGraphs, bundle: Path, clock: Clock, *, first: bool, published: bool, isolate: bool
+    job: Job,
+    graphs: OnnxGraphs,
+    bundle: Path,
+    clock: Clock,
+    *,
+    first: bool,
+    published: bool,
+    golden_db: float,
+    isolate: bool,
 ) -> dict[str, Any]:
-    """The parity figures of one set of ONNX graphs; the golden files of the first go into the bundle.
+    """The parity figures of one set of ONNX graphs; the golden files of the first go into the bundle, with
+    `golden_db` as the bound for every runtime.
 
     Graphs that are not `published` are assembled in a scratch folder, as the final image needs a bundle that draws.
     """
@@ -127,13 +139,14 @@ def verify_graphs(
                 negative_prompt="",
                 seed=GOLDEN_SEED,
                 compare=job.spec.verify and bool(graphs.components),
+                golden_db=golden_db,
             )
             parity = run_verification(request, progress=clock.reporter.detail, isolate=isolate)
         (folder / "parity.json").write_text(json.dumps(parity), encoding="utf-8")
 
     name = VERIFY if first else f"{VERIFY}-{graphs.precision}"
     with clock.stage(name) as record:
-        stage = job.cache.get(name, job.verify_depends(graphs.keys(), graphs.precision), build)
+        stage = job.cache.get(name, job.verify_depends(graphs.keys(), graphs.precision, golden_db), build)
         record.cached = stage.cached
         if first:
             shutil.copytree(stage.path / "golden", bundle / "golden")

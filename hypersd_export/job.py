@@ -23,6 +23,7 @@ from hypersd_export.verify.source import COMPONENTS, Source, SourceRequest, open
 
 if TYPE_CHECKING:
     from hypersd_export.targets.onnx_pipeline import Wiring
+    from hypersd_export.targets.tensorrt import EngineOptions
 
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "psutil")
 TOOLS = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
@@ -74,6 +75,20 @@ class Job:
             "code": code_digests(("targets",)),
         }
 
+    def scan_depends(self, components: Mapping[str, str]) -> dict[str, Any]:
+        """All that the range scan of fp16 graphs depends on; `components` are their cache keys."""
+        return {
+            "components": dict(components),
+            "plans": self.plans.to_json(),
+            "shapes": self.shapes.to_json(),
+            "scaling": [self.wiring.scaling_factor, self.wiring.shift_factor],
+            "prompt": self.prompt,
+            "base": self.source.base.digest,
+            "machine": platform.machine(),
+            "versions": tool_versions(),
+            "code": code_digests(("diffusion", "runtime", "targets", "verify/range_scan.py")),
+        }
+
     def component_depends(self, target: Target, component: Component, precision: str | None = None) -> dict[str, Any]:
         """All that one exported component depends on; `precision` None is the target's."""
         shapes = self.shapes.to_json()
@@ -97,9 +112,9 @@ class Job:
             "code": code_digests(("graphs", "targets", "model", "verify/source.py")),
         }
 
-    def verify_depends(self, components: Mapping[str, str], precision: str) -> dict[str, Any]:
+    def verify_depends(self, components: Mapping[str, str], precision: str, golden_db: float) -> dict[str, Any]:
         """All that golden files and parity figures of graphs of this precision depend on; `components` are their
-        cache keys."""
+        cache keys, `golden_db` the golden picture's bound."""
         return {
             "components": dict(components),
             "source": self.source.digests,
@@ -110,9 +125,10 @@ class Job:
             "precision": precision,
             "provider": self.spec.provider,
             "compare": self.spec.verify,
+            "golden_db": golden_db,
             "machine": platform.machine(),
             "versions": tool_versions(),
-            "code": code_digests(("graphs", "model", "diffusion", "runtime", "verify")),
+            "code": code_digests(("graphs", "model", "diffusion", "runtime", "verify", "targets/onnx_fp16.py")),
         }
 
     def lora_records(self) -> list[dict[str, Any]]:
@@ -192,10 +208,25 @@ def check_backends(spec: ExportSpec) -> None:
     for package in needed:
         if importlib.util.find_spec(package) is None:
             raise MissingBackend(package, "export", "hypersd-export")
+    if Target.TENSORRT in spec.targets:
+        resolve_engines(spec)
     if spec.verify:
         from hypersd_export.runtime.onnx import resolve_provider
 
         resolve_provider(spec.provider)
+
+
+def resolve_engines(spec: ExportSpec) -> "tuple[EngineOptions, str]":
+    """How TensorRT engines are built on this machine, and in a line why; raises as `targets.tensorrt.resolve`."""
+    from hypersd_export.targets import tensorrt
+
+    flags = spec.engines
+    return tensorrt.resolve(
+        flavour=flags.flavour,
+        capabilities=flags.capabilities,
+        weights=flags.weights,
+        optimization_level=flags.level,
+    )
 
 
 def default_loras(spec: ExportSpec) -> tuple[str, ...]:

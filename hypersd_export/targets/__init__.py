@@ -17,9 +17,9 @@ class Target(StrEnum):
     COREML = "coreml"
 
 
-AVAILABLE = frozenset({Target.ONNX})
+AVAILABLE = frozenset({Target.ONNX, Target.TENSORRT})
 PRECISIONS: Mapping[Target, tuple[str, ...]] = {
-    Target.ONNX: ("fp32",),
+    Target.ONNX: ("fp32", "fp16"),
     Target.TENSORRT: ("fp16",),
     Target.COREML: ("fp16",),
 }

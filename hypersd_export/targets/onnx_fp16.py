@@ -135,11 +135,13 @@ class _Widening:
 
         self._graph, self._names, self._cast_weights = model.graph, names, cast_weights
         self._half, self._float = onnx_ir.DataType.FLOAT16, onnx_ir.DataType.FLOAT
+        self._taken: set[str | None] = set()
 
     def apply(self) -> None:
         nodes = list(self._graph)
         values = [*self._graph.inputs, *self._graph.initializers.values()]
         values += [value for node in nodes for value in node.outputs]
+        self._taken = {value.name for value in values}
         half = [value for value in values if value.dtype == self._half]
         for node in nodes:
             if node.name in self._names and node.op_type == "Cast" and node.attributes["to"].as_int() == self._half:
@@ -171,7 +173,7 @@ class _Widening:
             source = producer.inputs[0]
             if source is not None and source.dtype == self._float:  # not to half and back
                 return source
-        name = f"{value.name}.{'float32' if dtype == self._float else 'float16'}"
+        name = self._free(f"{value.name}.{'float32' if dtype == self._float else 'float16'}")
         if value.is_initializer() and not self._cast_weights:
             return self._weight(value, name)
         cast = _cast(value, dtype, name)
@@ -180,6 +182,13 @@ class _Widening:
         else:
             self._graph.insert_before(self._graph[0], cast)
         return cast.outputs[0]
+
+    def _free(self, name: str) -> str:
+        """The name, or a longer one where that is taken: a graph may be changed more than once."""
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
 
     def _weight(self, value: "onnx_ir.Value", name: str) -> "onnx_ir.Value":
         import numpy as np
@@ -198,7 +207,7 @@ class _Widening:
         name, producer = value.name, value.producer()
         assert name is not None
         assert producer is not None, f"{name}: an output that is computed"
-        value.name = f"{name}.float16"
+        value.name = self._free(f"{name}.float16")
         cast = _cast(value, self._float, name)
         cast.outputs[0].shape = value.shape
         self._graph.insert_after(producer, cast)

@@ -18,6 +18,7 @@ class VerifyRequest:
     bundle: a folder with the tokenizer, plan.json and what draws pictures; components: the folder of each component's
     graph, wherever it lies. out: a folder for golden/ and report.json.
     compare: False makes the golden files (by torch) and compares nothing.
+    golden_db: least PSNR in dB of the golden picture, for every runtime of everything that is published.
     """
 
     source: SourceRequest
@@ -32,6 +33,7 @@ class VerifyRequest:
     negative_prompt: str
     seed: int
     compare: bool
+    golden_db: float
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -48,6 +50,7 @@ class VerifyRequest:
             "negative_prompt": self.negative_prompt,
             "seed": self.seed,
             "compare": self.compare,
+            "golden_db": self.golden_db,
         }
 
     @classmethod

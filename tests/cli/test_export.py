@@ -52,8 +52,8 @@ def weights(base, component="unet"):
     ("arguments", "message"),
     [
         (["--target", "onx"], "--target onx: unknown, choose from onnx, tensorrt, coreml and all"),
-        (["--target", "tensorrt"], "--target tensorrt: not built yet"),
-        (["--target", "all"], "--target tensorrt, coreml: not built yet"),
+        (["--target", "coreml"], "--target coreml: not built yet"),
+        (["--target", "all"], "--target coreml: not built yet"),
         (["--steps", "0"], "--steps 0: a plan has from 1 to 1000 steps"),
         (["--steps", "-1"], "--steps -1: a plan has from 1 to 1000 steps"),
         (["--steps", "1001"], "--steps 1001: a plan has from 1 to 1000 steps"),

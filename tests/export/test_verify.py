@@ -42,6 +42,7 @@ def request_for(tiny_base, exported, tmp_path):
         negative_prompt="",
         seed=1,
         compare=True,
+        golden_db=50.0,
     )
 
 
@@ -107,7 +108,11 @@ def test_ids_that_transformers_does_not_give_are_a_failure(request_for, monkeypa
 
     monkeypatch.setattr(runtime_tokenizer, "load_tokenizer", Other)
     run = worker.Verification(
-        request=request_for, source=open_source(request_for.source), plans=None, progress=lambda _: None
+        request=request_for,
+        source=open_source(request_for.source),
+        plans=None,
+        progress=lambda _: None,
+        scratch=request_for.out,
     )
     worker._tokenizer(run)
     assert [failure for gate in run.gates for failure in gate.failures] == [
