@@ -138,7 +138,8 @@ def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None,
         provider: a key of `PROVIDERS`. A graph's nodes that the provider does not have run on the CPU, as onnxruntime
             does it; the provider as a whole is never replaced.
         threads: for one operator; onnxruntime's choice (one per core) if None.
-        optimise: let onnxruntime rewrite the graph first; without it every node is evaluated as it stands in the file.
+        optimise: let onnxruntime rewrite the graph first; without it every node is evaluated as it stands in the
+            file and in the file's order, and memory is given back as soon as a value is used up.
 
     Raises:
         OptionError, MissingBackend: see `resolve_provider`; or the provider does not start on this machine.
@@ -156,6 +157,8 @@ def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None,
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

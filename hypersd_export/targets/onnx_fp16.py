@@ -136,11 +136,13 @@ class _Widening:
         self._graph, self._names, self._cast_weights = model.graph, names, cast_weights
         self._half, self._float = onnx_ir.DataType.FLOAT16, onnx_ir.DataType.FLOAT
         self._taken: set[str | None] = set()
+        self._place: dict[onnx_ir.Node, int] = {}
 
     def apply(self) -> None:
         nodes = list(self._graph)
         values = [*self._graph.inputs, *self._graph.initializers.values()]
         values += [value for node in nodes for value in node.outputs]
+        self._place = {node: number for number, node in enumerate(nodes)}
         self._taken = {value.name for value in values}
         half = [value for value in values if value.dtype == self._half]
         for node in nodes:
@@ -179,8 +181,9 @@ class _Widening:
         cast = _cast(value, dtype, name)
         if producer is not None:
             self._graph.insert_after(producer, cast)
-        else:
-            self._graph.insert_before(self._graph[0], cast)
+        else:  # not before it is needed: a weight in float32 takes its room for as long as it waits
+            users = {node for node, _ in value.uses()} - {cast}
+            self._graph.insert_before(min(users, key=lambda node: self._place.get(node, -1)), cast)
         return cast.outputs[0]
 
     def _free(self, name: str) -> str:

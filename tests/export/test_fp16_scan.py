@@ -1,6 +1,7 @@
 """What fp16 cannot hold is found by the range scan, stays in float32 and comes out right."""
 
 import numpy as np
+import onnx_ir
 import torch
 
 from hypersd_export.graphs.spec import Graph
@@ -66,3 +67,17 @@ def test_where_everything_fits_nothing_is_kept(tmp_path):
     x, truth, _ = exported(1.0, tmp_path / "raw")
     assert scanned(tmp_path / "raw", tmp_path / "probe", x).kept == ()
     assert psnr(drawn(tmp_path / "raw" / "model.onnx", tmp_path / "as-is", x), truth) > 55
+
+
+def test_measuring_holds_neither_activations_nor_widened_weights(tmp_path):
+    """In the file's order each weight is widened right before its use and each value measured right behind its node."""
+    exported(1.0, tmp_path / "raw")
+    open_probe(tmp_path / "raw" / "model.onnx", tmp_path / "probe")
+    graph = onnx_ir.load(tmp_path / "probe" / "model.onnx").graph
+    place = {node: number for number, node in enumerate(graph)}
+    casts = [node for node in graph if node.op_type == "Cast" and node.inputs[0].is_initializer()]
+    assert len(casts) == 4  # two weights, two biases
+    assert all(min(place[user] for user in cast.outputs[0].consumers()) - place[cast] <= 2 for cast in casts)
+    measured = [node for node in graph if node.op_type == "Abs"]
+    assert len(measured) >= 2
+    assert all(place[node] - place[node.inputs[0].producer()] <= 1 for node in measured)
