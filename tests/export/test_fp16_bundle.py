@@ -1,4 +1,4 @@
-"""`--precision fp16` from base to bundle: an overflow inside the VAE comes out right, and without its cure no bundle."""
+"""`--precision fp16` from base to bundle: an overflow inside the VAE comes out right; without its cure, no bundle."""
 
 import json
 import shutil
