@@ -7,15 +7,12 @@ graph's: networks are strongly typed. What cannot be known without a GPU is said
 
 import json
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypersd_export import errors
 from hypersd_export.bundle.digest import digest_json, sha256_file
 from hypersd_export.bundle.engines import (
     CLASSIC,
@@ -32,6 +29,8 @@ from hypersd_export.bundle.engines import (
 from hypersd_export.errors import BuildError, HypersdError, MissingBackend, OptionError
 from hypersd_export.targets import tensorrt_vendor as vendor
 from hypersd_export.targets.tensorrt_checks import Profile
+from hypersd_export.targets.tensorrt_worker import REPORT
+from hypersd_export.worker import reported_error, run_worker
 
 AUTO = "auto"
 DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
@@ -296,28 +295,11 @@ def _in_process_of_its_own(
     request: Mapping[str, Any], scratch: Path, what: str, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """The worker's report. Raises the worker's error, or `BuildError` for one that ended without a report."""
-    path, report = scratch / "request.json", scratch / "report.json"
+    path = scratch / "request.json"
     path.write_text(json.dumps(request), encoding="utf-8")
-    command = [sys.executable, "-m", WORKER, str(path)]
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, errors="replace") as worker,
-    ):
-        try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                progress(line.strip())
-        except BaseException:  # Ctrl-C: the worker must not outlive us
-            worker.terminate()
-            raise
-        code = worker.wait()
-        log.seek(0)
-        said = log.read()
-    if code == 130:
-        raise KeyboardInterrupt
-    if code != 0 or not report.is_file():
-        raise BuildError(_why(code, what, said))
-    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    found = run_worker(
+        WORKER, path, scratch / REPORT, progress=progress, failure=lambda code, log: BuildError(_why(code, what, log))
+    )
     if "error" in found:
         raise _error(found["error"])
     return found
@@ -336,5 +318,4 @@ def _error(found: Mapping[str, str]) -> HypersdError:
     """The worker's error, as the class that it was there."""
     if found["kind"] == MissingBackend.__name__:
         return MissingBackend(found["package"], found["extra"], "--target tensorrt")
-    kind: type[HypersdError] = getattr(errors, found["kind"], HypersdError)
-    return kind(found["message"])
+    return reported_error(found)

@@ -18,9 +18,9 @@ from hypersd_export.bundle.engines import EngineTensor
 from hypersd_export.errors import BuildError, HypersdError, MissingBackend
 from hypersd_export.targets import tensorrt_checks as checks
 from hypersd_export.targets.tensorrt_vendor import Vendor
+from hypersd_export.worker import INTERRUPTED
 
 REPORT = "report.json"
-INTERRUPTED = 130
 INTERVAL_S = 0.2
 """Progress is said so often at most."""
 

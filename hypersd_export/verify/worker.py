@@ -24,6 +24,7 @@ from hypersd_export.verify.gates import COMPONENT_DB, IMAGE_DB, Gate
 from hypersd_export.verify.golden import write_golden
 from hypersd_export.verify.request import VerifyRequest
 from hypersd_export.verify.source import Source, check_unchanged, open_source
+from hypersd_export.worker import INTERRUPTED
 
 REPORT = "report.json"
 GATE_SEED = 20_24
@@ -295,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     except HypersdError as error:
         report = {"error": {"kind": type(error).__name__, "message": str(error)}}
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     (request.out / REPORT).write_text(json.dumps(report, allow_nan=False), encoding="utf-8")
     return 0
 

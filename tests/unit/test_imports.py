@@ -14,13 +14,14 @@ BELOW = {
     "errors": set(),
     "builtin": {"errors"},
     "usage": {"errors"},
+    "worker": {"errors"},
     "diffusion": {"errors"},
     "model": {"errors", "diffusion", "builtin"},
     "graphs": {"errors", "diffusion", "model"},
     "bundle": {"errors", "diffusion"},
-    "targets": {"errors", "diffusion", "model", "graphs", "bundle"},
+    "targets": {"errors", "worker", "diffusion", "model", "graphs", "bundle"},
     "runtime": {"errors", "diffusion", "bundle"},
-    "verify": {"errors", "diffusion", "builtin", "model", "graphs", "bundle", "targets", "runtime"},
+    "verify": {"errors", "worker", "diffusion", "builtin", "model", "graphs", "bundle", "targets", "runtime"},
 }
 """What each package of hypersd_export may import of the others; what is not named here (export, cli …) is on top."""
 TRAINER_MAY = {"errors", "diffusion", "model"}
