@@ -1,14 +1,34 @@
 """What flows through a distillation: conditioning, samples, and the source that both are read from."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+class PerSample:
+    """Tensors with a row per sample; a subclass says with `_map` what they are."""
+
+    __slots__ = ()
+
+    def _map(self, function: Map) -> Self:
+        raise NotImplementedError
+
+    def rows(self, index: Any) -> Self:
+        """The rows that `index` (slice, bool mask or int tensor) picks."""
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Conditioning:
+class Conditioning(PerSample):
     """What a UNet is conditioned on, one row per sample.
 
     states: text encoder hidden states [B, S, D] (SDXL: both encoders', D = 2048); pooled [B, P] and time_ids [B, 6]
@@ -22,17 +42,9 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.states)
 
-    def rows(self, index: Any) -> "Conditioning":
-        """The rows that `index` (slice, bool mask or int tensor) picks."""
-        return self._map(lambda tensor: tensor[index])
-
     def expand(self, count: int) -> "Conditioning":
         """A single row repeated `count` times, without a copy."""
         return self._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
-
-    def to(self, device: torch.device | str) -> "Conditioning":
-        """The same on another device."""
-        return self._map(lambda tensor: tensor.to(device))
 
     def where(self, mask: torch.Tensor, other: "Conditioning") -> "Conditioning":
         """`other`'s row where `mask` [B] is True, this one's elsewhere; time_ids stay as they are."""
@@ -50,12 +62,18 @@ class Conditioning:
             kwargs["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.time_ids}
         return kwargs
 
-    def _map(self, function: Any) -> "Conditioning":
+    def _map(self, function: Map) -> "Conditioning":
         return Conditioning(
             states=function(self.states),
             pooled=None if self.pooled is None else function(self.pooled),
             time_ids=None if self.time_ids is None else function(self.time_ids),
         )
+
+
+def keyed_generator(key: str) -> torch.Generator:
+    """A generator on the CPU whose draws are a function of `key` alone."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def cat(parts: Sequence[Conditioning]) -> Conditioning:

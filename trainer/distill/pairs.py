@@ -16,11 +16,11 @@ import torch
 from hypersd_export.diffusion import grid_timesteps
 from hypersd_export.errors import DataError
 from hypersd_export.model.files import read_tensors, write_tensors
-from trainer.batch import Conditioning, Source
+from trainer.batch import Conditioning, Source, keyed_generator
 from trainer.distill.config import DistillConfig
 from trainer.distill.networks import Networks, Role
 from trainer.distill.snapshot import writing
-from trainer.losses.tscd import psi
+from trainer.losses.tscd import level, psi
 
 ROWS = 32
 """How many are solved at once."""
@@ -52,12 +52,7 @@ class Pairs:
 
 def pair_noise(seed: int, numbers: list[int], shape: tuple[int, int, int]) -> torch.Tensor:
     """The noises of these pairs, float32 [n, C, h, w]: each a function of (seed, number) alone."""
-
-    def one(number: int) -> torch.Tensor:
-        key = hashlib.sha256(f"{seed}/pair/{number}".encode()).digest()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(key[:8], "big")))
-
-    return torch.stack([one(number) for number in numbers])
+    return torch.stack([torch.randn(shape, generator=keyed_generator(f"{seed}/pair/{number}")) for number in numbers])
 
 
 def open_pairs(
@@ -104,5 +99,5 @@ def solve(
             Role.BASE, x, t.expand(len(x)), conditioning, guidance=None if guidance == 1 else weights,
             empty=source.empty.to(device),
         )  # fmt: skip
-        x = psi(x, out, alphas[t].view(1, 1, 1, 1), alphas[to].view(1, 1, 1, 1), networks.prediction_type)
+        x = psi(x, out, level(alphas[t]), level(alphas[to]), networks.prediction_type)
     return x

@@ -6,8 +6,7 @@ guidance. Fake score: another LoRA on it, that begins as the original model. Bot
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +16,18 @@ from torch import nn
 from hypersd_export.diffusion import FewStepPlan, x0_and_eps
 from hypersd_export.diffusion.solver import add_noise
 from hypersd_export.errors import OptionError
-from trainer.batch import Batch, Conditioning
+from trainer.batch import Batch, Conditioning, Map, PerSample, keyed_generator
 from trainer.distill.config import DistillConfig, StageConfig
 from trainer.distill.networks import Networks, Role
 from trainer.distill.pairs import Pairs
 from trainer.distill.step import StepOutput
 from trainer.losses.adversarial import renoise
 from trainer.losses.score import denoising_loss, matching_direction, matching_loss
-from trainer.losses.tscd import elementwise_distance, psi
+from trainer.losses.tscd import elementwise_distance, level, psi
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreDraws:
+class ScoreDraws(PerSample):
     """What one step draws, a row per sample: initial noise [B, C, h, w] and that of the later steps [B, n, C, h, w];
     which of `score.steps` and which step of it, int64 [B]; both timesteps [B] with their noises; guidance w [B]; `drop`
     bool [B]; `pair` int64 [B], the anchor's number, or -1. student: whether the student learns in this step."""
@@ -46,19 +45,11 @@ class ScoreDraws:
     guidance: torch.Tensor
     drop: torch.Tensor
 
-    def rows(self, index: slice) -> "ScoreDraws":
-        """The samples that a slice picks."""
-        return self._map(lambda tensor: tensor[index])
-
-    def to(self, device: torch.device | str) -> "ScoreDraws":
-        """The same on another device."""
-        return self._map(lambda tensor: tensor.to(device))
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it by name, for the file of a bad step."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "student"}
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ScoreDraws":
+    def _map(self, function: Map) -> "ScoreDraws":
         return ScoreDraws(student=self.student, **{name: function(value) for name, value in self.tensors().items()})
 
 
@@ -111,8 +102,7 @@ class ScoreStep:
     def draw(self, step: int, shape: tuple[int, int, int]) -> ScoreDraws:
         """The draws of the global batch of `step` for latents of `shape`, on the CPU."""
         config, score, count, total = self.config, self.config.score, self.config.batch, len(self.alphas)
-        key = f"{config.seed}/score/{self.number}/{step}"
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+        generator = keyed_generator(f"{config.seed}/score/{self.number}/{step}")
         noise, match_noise, fake_noise = torch.randn(3, count, *shape, generator=generator)
         path_noise = torch.randn(count, max(score.steps) - 1, *shape, generator=generator)
         course = torch.randint(len(score.steps), (count,), generator=generator)
@@ -137,7 +127,7 @@ class ScoreStep:
         noise, solution, anchored = draws.noise, None, draws.pair >= 0
         if self.pairs is not None and anchored.any():
             theirs, solution, conditioning = self.pairs.put(draws.pair, conditioning)
-            noise = torch.where(_wide(anchored), theirs, noise)
+            noise = torch.where(level(anchored), theirs, noise)
         x, t = self.play(noise, draws, conditioning)
         with torch.set_grad_enabled(draws.student):
             picture = self._land(self.networks.student(x, t, conditioning), x, t)
@@ -154,7 +144,7 @@ class ScoreStep:
     def critic_loss(self, look: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The fake score's denoising loss on the student's pictures: scalar, with gradient to it alone."""
         self.fake.learn(True)
-        a = _wide(self.alphas[look.t])
+        a = level(self.alphas[look.t])
         out = self.networks.fake(add_noise(look.x0, look.noise, a), look.t, look.conditioning)
         loss = denoising_loss(out, look.x0, look.noise, a, self.networks.prediction_type).mean()
         return loss, {"fake": loss.detach()}
@@ -169,18 +159,18 @@ class ScoreStep:
             t, to = times[rows, step], times[rows, step + 1]
             out = self.networks.frozen(Role.STUDENT, x[rows], t, conditioning.rows(rows))
             landed = self._land(out, x[rows], t)
-            again = renoise(landed, _wide(self.alphas[:1]), _wide(self.alphas[to]), draws.path_noise[rows, step])
+            again = renoise(landed, level(self.alphas[:1]), level(self.alphas[to]), draws.path_noise[rows, step])
             x = x.index_copy(0, rows, again)
         return x, times.gather(1, draws.index[:, None])[:, 0]
 
     def _land(self, out: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Where the sampler's last step lands: on the path's first level, as TCD does, and not on x̂0."""
-        return psi(x, out, _wide(self.alphas[t]), _wide(self.alphas[:1]), self.networks.prediction_type)
+        return psi(x, out, level(self.alphas[t]), level(self.alphas[:1]), self.networks.prediction_type)
 
     def _match(
         self, picture: torch.Tensor, draws: ScoreDraws, conditioning: Conditioning
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        t, a = draws.match_t, _wide(self.alphas[draws.match_t])
+        t, a = draws.match_t, level(self.alphas[draws.match_t])
         noisy = add_noise(picture.detach(), draws.match_noise, a)
         guidance = None if self.config.guidance == (1.0, 1.0) else draws.guidance
         outs = (
@@ -212,7 +202,3 @@ def courses(plans: Sequence[FewStepPlan], config: DistillConfig, total: int) -> 
             )
         table[row, :count] = torch.tensor(times)
     return table
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, 1, 1, 1)

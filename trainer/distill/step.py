@@ -5,24 +5,22 @@ process and micro-batch takes its rows: a resumed run, and a run on other hardwa
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hypersd_export.diffusion.solver import add_noise
-from trainer.batch import Batch, Conditioning
+from trainer.batch import Batch, Conditioning, Map, PerSample, keyed_generator
 from trainer.discriminator import Discriminator
 from trainer.distill.config import Backend, DistillConfig, Real, StageConfig, Teacher
 from trainer.distill.networks import Networks, Role
 from trainer.losses import adversarial
-from trainer.losses.tscd import Grid, Indices, Pair, consistency_distance, consistency_pair, draw_indices, psi
+from trainer.losses.tscd import Grid, Indices, Pair, consistency_distance, consistency_pair, draw_indices, level, psi
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Draws:
+class Draws(PerSample):
     """What one step draws, a row per sample: noise [B, C, h, w] (offset noise included), guidance w [B], `drop` bool
     [B] (the caption becomes empty); for the critic the timestep [B] that it looks at, and two noises."""
 
@@ -34,14 +32,6 @@ class Draws:
     critic_noise: torch.Tensor
     data_noise: torch.Tensor
 
-    def rows(self, index: slice) -> "Draws":
-        """The samples that a slice picks."""
-        return self._map(lambda tensor: tensor[index])
-
-    def to(self, device: torch.device | str) -> "Draws":
-        """The same on another device."""
-        return self._map(lambda tensor: tensor.to(device))
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it by name, for the file of a bad step."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "indices"}
@@ -52,7 +42,7 @@ class Draws:
         """Whether the student learns in this step: always."""
         return True
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Draws":
+    def _map(self, function: Map) -> "Draws":
         tensors = {f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "indices"}
         return Draws(indices=Indices(function(self.indices.start), function(self.indices.end)), **tensors)
 
@@ -100,8 +90,7 @@ class DistillStep:
     def draw(self, step: int, shape: tuple[int, int, int]) -> Draws:
         """The draws of the global batch of `step` (counted within the stage) for latents of `shape`, on the CPU."""
         config, count = self.config, self.config.batch
-        key = f"{config.seed}/{self.number}/{step}"
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+        generator = keyed_generator(f"{config.seed}/{self.number}/{step}")
         grid = Grid.of(self.alphas.cpu(), points=self.stage.points, segments=self.stage.segments)
         indices = draw_indices(count, grid, config.end, generator, config.edge_share)
         noise, critic_noise, data_noise = torch.randn(3, count, *shape, generator=generator)
@@ -171,7 +160,7 @@ class DistillStep:
     ) -> tuple[Look, tuple[torch.Tensor, ...]]:
         """What critic and student look at, diffused from t_end to `critic_t`; and the logits of the fake, with gradient
         to the student: the critic's weights take none until `critic_loss`."""
-        end, seen_at = _level(self.grid.alphas[pair.indices.end]), _level(self.alphas[draws.critic_t])
+        end, seen_at = level(self.grid.alphas[pair.indices.end]), level(self.alphas[draws.critic_t])
         fake = adversarial.renoise(pair.student, end, seen_at, draws.critic_noise)
         settings, t = self.config.adversarial, draws.critic_t
         with torch.no_grad():
@@ -198,9 +187,5 @@ class DistillStep:
             t, to = (start + (end - start) * i // count for i in (step, step + 1))
             if step > 0:
                 out = self._teach(x, t, draws, conditioning)
-            x = psi(x, out, _level(self.alphas[t]), _level(self.alphas[to]), self.networks.prediction_type)
+            x = psi(x, out, level(self.alphas[t]), level(self.alphas[to]), self.networks.prediction_type)
         return x
-
-
-def _level(values: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, 1, 1, 1)

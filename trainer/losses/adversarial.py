@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from trainer.distill.config import Backend
-from trainer.losses.tscd import Grid, Indices
+from trainer.losses.tscd import Grid, Indices, level
 
 
 def critic_loss(backend: Backend, real: Sequence[torch.Tensor], fake: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -44,7 +44,7 @@ def renoise(x: torch.Tensor, a_from: torch.Tensor, a_to: torch.Tensor, noise: to
     so a sample of the marginal at `a_from` becomes one of the marginal at `a_to`. Levels are alphas_cumprod values, [B]
     or of a shape that broadcasts to x; r is computed in their dtype, the result is of x's. `a_to` > `a_from` gives NaN.
     """
-    ratio = (a_to / a_from).view(-1, *[1] * (x.ndim - 1)) if a_to.ndim == 1 else a_to / a_from
+    ratio = level(a_to / a_from, x.ndim) if a_to.ndim == 1 else a_to / a_from
     return ratio.sqrt().to(x.dtype) * x + (1 - ratio).sqrt().to(x.dtype) * noise
 
 

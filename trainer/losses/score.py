@@ -9,6 +9,7 @@ x_t = sqrt(a) x0 + sqrt(1 − a) noise the scores differ by sqrt(a) / (1 − a) 
 import torch
 
 from hypersd_export.diffusion import PredictionType
+from trainer.losses.tscd import level
 
 
 def matching_direction(x0: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -19,7 +20,7 @@ def matching_direction(x0: torch.Tensor, real: torch.Tensor, fake: torch.Tensor)
     so that all noise levels count alike; a sample that is real's opinion exactly has the direction 0 and not NaN.
     """
     x0, real, fake = (tensor.detach().float() for tensor in (x0, real, fake))
-    size = (x0 - real).abs().flatten(1).mean(1).view(-1, *[1] * (x0.ndim - 1))
+    size = level((x0 - real).abs().flatten(1).mean(1), x0.ndim)
     return torch.where(size > 0, (fake - real) / size.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
 
 

@@ -123,19 +123,19 @@ def consistency_pair(
 
     def move(net: Net, x: torch.Tensor, origin: torch.Tensor, goal: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         out = net(x, grid.timesteps[origin], rows)
-        return psi(x, out, _level(grid.alphas[origin], x), _level(grid.alphas[goal], x), prediction_type)
+        return psi(x, out, level(grid.alphas[origin], x.ndim), level(grid.alphas[goal], x.ndim), prediction_type)
 
     def arrive(net: Net, x: torch.Tensor, origin: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if boundary is Boundary.DDIM:
             return move(net, x, origin, end[rows], rows)
         t = grid.timesteps[origin]
-        x0_hat, _ = x0_and_eps(net(x, t, rows), x, _level(grid.alphas[origin], x), prediction_type)
-        return lcm_denoise(x, x0_hat, _level(t, x).to(x.dtype))
+        x0_hat, _ = x0_and_eps(net(x, t, rows), x, level(grid.alphas[origin], x.ndim), prediction_type)
+        return lcm_denoise(x, x0_hat, level(t, x.ndim).to(x.dtype))
 
-    x_start = add_noise(x0, noise, _level(grid.alphas[start], x0))
+    x_start = add_noise(x0, noise, level(grid.alphas[start], x0.ndim))
     with torch.no_grad():
         taught = teacher(x_start, grid.timesteps[start], everyone)
-        levels = _level(grid.alphas[start], x0), _level(grid.alphas[previous], x0)
+        levels = level(grid.alphas[start], x0.ndim), level(grid.alphas[previous], x0.ndim)
         goal = psi(x_start, taught, *levels, prediction_type)
         unfinished = torch.nonzero(end < previous if boundary is Boundary.DDIM else previous > 0).flatten()
         if len(unfinished):
@@ -169,5 +169,6 @@ def elementwise_distance(a: torch.Tensor, b: torch.Tensor, distance: Distance, h
     return each.flatten(1).mean(1)
 
 
-def _level(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, *[1] * (x.ndim - 1))
+def level(values: torch.Tensor, ndim: int = 4) -> torch.Tensor:
+    """One value per sample [B], of a shape that broadcasts to samples of `ndim` dimensions."""
+    return values.view(-1, *[1] * (ndim - 1))
