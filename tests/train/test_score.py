@@ -260,6 +260,14 @@ def test_a_run_resumes_to_the_same_losses_and_writes_a_lora_that_says_how_to_pla
     assert {p.name.split("-")[0] for p in (tmp_path / "whole" / "cache").iterdir()} == {"pairs"}
 
 
+def test_it_runs_in_mixed_precision(tiny_base, tmp_path):
+    """The pairs are solved and the student learns under autocast, as in the recipes; losses near those of float32."""
+    plain = finish(small(tiny_base), tmp_path / "plain")
+    mixed = finish(small(tiny_base, mixed_precision="bf16"), tmp_path / "mixed")
+    for a, b in zip(plain, mixed, strict=True):
+        assert a["fake"] == pytest.approx(b["fake"], rel=0.05)
+
+
 def test_two_micro_batches_are_the_whole_batch(tiny_base, tmp_path):
     one = finish(small(tiny_base), tmp_path / "one")
     two = finish(small(tiny_base, micro_batch=2), tmp_path / "two")

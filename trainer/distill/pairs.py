@@ -75,9 +75,9 @@ def open_pairs(
     parts = []
     for start in range(0, score.pairs, ROWS):
         numbers = list(range(start, min(start + ROWS, score.pairs)))
-        parts.append(solve(networks, source, config, numbers, guidance).half().cpu())
+        parts.append(solve(networks, source, config, numbers, guidance).cpu())
         progress(start + len(numbers))
-    solutions = torch.cat(parts)
+    solutions = torch.cat(parts).half()  # not before: autocast refuses to join halves on a CPU
     with writing(path) as partial:
         write_tensors(partial, {"solutions": solutions}, {"key": json.dumps(key)})
     return Pairs(source=source, solutions=solutions.float(), seed=config.seed)
