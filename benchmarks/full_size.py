@@ -1,0 +1,188 @@
+"""What do graphs of the published sizes cost to export and to build? `python -m benchmarks.full_size --out DIR`
+
+Random weights in fp16, no hub: each network goes through the very functions of the export to an ONNX file, and with
+`--engine` to a TensorRT-RTX engine. Each step is a process of its own, whose seconds and peak memory are measured
+(this one's imports included); one that the machine has no room for is in the report with what it had reached. Writes
+full_size.json; the files themselves are deleted, or kept with `--keep`.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hypersd_export.bundle.disk import write_atomic
+from hypersd_export.errors import HypersdError
+from hypersd_export.graphs.spec import Component, Graph, Shapes
+from hypersd_export.usage import measure
+
+SD_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+}  # fmt: skip
+"""AutoencoderKL as SD 1.x, 2.x and SDXL have it."""
+PACKAGES = ("torch", "diffusers", "onnxscript", "tensorrt-rtx")
+
+
+def _unet(base: str) -> Callable[[], Graph]:
+    def graph() -> Graph:
+        from trainer.distill.config import recipe
+        from trainer.distill.memory import unet_of
+
+        config, shapes, _ = unet_of(recipe(base))
+        return unet_graph(config, side=shapes.latents[1], tokens=shapes.tokens, pooled=shapes.pooled)
+
+    return graph
+
+
+def _decoder(side: int) -> Callable[[], Graph]:
+    def graph() -> Graph:
+        from hypersd_export.graphs.components import build_graph
+
+        shapes = Shapes(
+            batch=1, unet_batch=1, channels=4, latent_height=side, latent_width=side, vae_scale=8, tokens=77,
+            text_width=768,
+        )  # fmt: skip
+        return build_graph(Component.VAE_DECODER, random_weights("AutoencoderKL", SD_VAE), shapes)
+
+    return graph
+
+
+NETWORKS: Mapping[str, Callable[[], Graph]] = {
+    "sd15-unet": _unet("sd15"),
+    "sd15-vae-decoder": _decoder(64),
+    "sdxl-unet": _unet("sdxl"),
+}
+
+
+def random_weights(kind: str, config: Mapping[str, Any]) -> Any:
+    """A diffusers model of class `kind` with small normal weights in fp16; no float32 copy is ever made."""
+    import diffusers
+    import torch
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = getattr(diffusers, kind)(**{n: tuple(v) if isinstance(v, list) else v for n, v in config.items()})
+    model = model.half().to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def unet_graph(config: Mapping[str, Any], *, side: int, tokens: int, pooled: int) -> Graph:
+    """A UNet at batch 1 and side x side latents; SDXL's, whose `pooled` is its width of pooled states, has two more
+    inputs."""
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = random_weights("UNet2DConditionModel", config)
+
+        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, *added: Any) -> Any:
+            names = ("text_embeds", "time_ids")
+            extra = {"added_cond_kwargs": dict(zip(names, added, strict=True))} if added else {}
+            return self.unet(sample, timestep, encoder_hidden_states, return_dict=False, **extra)[0]
+
+    half = torch.float16
+    inputs = {
+        "sample": torch.zeros((1, int(config["in_channels"]), side, side), dtype=half),
+        "timestep": torch.tensor(999.0),
+        "encoder_hidden_states": torch.zeros((1, tokens, int(config["cross_attention_dim"])), dtype=half),
+    }
+    if pooled:
+        inputs |= {"text_embeds": torch.zeros((1, pooled), dtype=half), "time_ids": torch.zeros((1, 6), dtype=half)}
+    return Graph(name=Component.UNET, module=Net(), inputs=inputs, output_names=("out_sample",))
+
+
+def export(name: str, folder: Path) -> dict[str, Any]:
+    """The fp16 ONNX of a network, into `folder`: seconds, peak MB of this process, MB of weights."""
+    from hypersd_export.targets import onnx_fp16
+
+    with measure() as usage:
+        built = onnx_fp16.build(NETWORKS[name](), folder)
+    return {
+        "seconds": round(usage.seconds, 1), "peak_mb": round(usage.peak_mb), "nodes": built["nodes"],
+        "weights_mb": round(built["weight_bytes"] / 1e6, 1),
+    }  # fmt: skip
+
+
+def engine(name: str, folder: Path, capabilities: Sequence[str]) -> dict[str, Any]:
+    """The TensorRT-RTX engine of the ONNX in `folder`: seconds and peak MB of its process, MB of the file."""
+    from hypersd_export.targets import tensorrt
+    from hypersd_export.targets.onnx import MODEL_FILE
+
+    options, _ = tensorrt.resolve(flavour="rtx", capabilities=capabilities)
+    record = tensorrt.build(folder / MODEL_FILE, folder, component=name, options=options)
+    return {"seconds": record.seconds, "peak_mb": round(record.peak_mb), "engine_mb": round(record.bytes / 1e6, 1)}
+
+
+def _in_process(step: str, name: str, folder: Path, capabilities: str) -> dict[str, Any]:
+    """A step in a process of its own; its figures, or the error and the peak of the process tree till then."""
+    command = [sys.executable, "-m", "benchmarks.full_size", "--worker", step, "--only", name, "--out", str(folder),
+               "--compute-capability", capabilities]  # fmt: skip
+    with measure() as usage:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode == 0:
+        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return result
+    last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+    return {"error": last[-1][:300], "exit_code": done.returncode, "peak_mb": round(usage.peak_mb)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure all that is asked, and write the report: 0 if every step came to its end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a folder with room for the files")
+    parser.add_argument("--only", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--engine", action="store_true", help="build TensorRT-RTX engines too")
+    parser.add_argument("--compute-capability", default="8.6,8.9")
+    parser.add_argument("--keep", action="store_true", help="leave the files in --out")
+    parser.add_argument("--worker", choices=("export", "engine"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        return _worker(options)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in options.only:
+        folder = options.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        rows[name] = {"export": _in_process("export", name, folder, options.compute_capability)}
+        if options.engine and "error" not in rows[name]["export"]:
+            rows[name]["engine"] = _in_process("engine", name, folder, options.compute_capability)
+        print(json.dumps({name: rows[name]}), flush=True)
+        if not options.keep:
+            shutil.rmtree(folder)
+    result = {
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "versions": {package: version(package) for package in PACKAGES},
+        "compute_capability": options.compute_capability,
+        "networks": rows,
+    }
+    write_atomic(options.out / "full_size.json", (json.dumps(result, indent=1) + "\n").encode())
+    return int(any("error" in step for row in rows.values() for step in row.values()))
+
+
+def _worker(options: argparse.Namespace) -> int:
+    (name,) = options.only
+    try:
+        if options.worker == "export":
+            found = export(name, options.out)
+        else:
+            found = engine(name, options.out, options.compute_capability.split(","))
+    except HypersdError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
