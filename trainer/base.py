@@ -188,7 +188,7 @@ class TrainingBase:
             try:
                 return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             except (OSError, ValueError, TypeError) as e:
-                raise ModelError(f"{folder}: no tokenizer that can be read ({_line(e)}); download it again") from e
+                raise ModelError(f"{folder}: no tokenizer that can be read ({one_line(e)}); download it again") from e
         with TemporaryDirectory() as place:
             self.model.write_tokenizer(Path(place))
             return CLIPTokenizer.from_pretrained(place, local_files_only=True)
@@ -249,7 +249,7 @@ def noise_schedule(config: Mapping[str, Any], name: str) -> tuple[torch.Tensor, 
         prediction_type = PredictionType(_stated(config)["prediction_type"])
         schedule = schedule_of(config)
     except (ValueError, PlanError) as e:
-        raise ModelError(f"{name}: its scheduler_config.json cannot be used ({_line(e)}); pass another base") from e
+        raise ModelError(f"{name}: its scheduler_config.json cannot be used ({one_line(e)}); pass another base") from e
     return torch.tensor(schedule.alphas_cumprod(), dtype=torch.float64), prediction_type
 
 
@@ -326,7 +326,7 @@ def _load_second(folder: Path, dtype: torch.dtype) -> Any:
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as e:
-        raise ModelError(f"{folder}: cannot be loaded ({_line(e)}); download it again") from e
+        raise ModelError(f"{folder}: cannot be loaded ({one_line(e)}); download it again") from e
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if missing:
         raise ModelError(
@@ -335,5 +335,6 @@ def _load_second(folder: Path, dtype: torch.dtype) -> Any:
     return encoder.eval().requires_grad_(False)
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The first line of what a library says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

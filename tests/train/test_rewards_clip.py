@@ -9,11 +9,12 @@ from PIL import Image
 
 from hypersd_export.errors import ModelError, OptionError
 from hypersd_export.model.base import open_base
-from tests.tiny import tiny_tokenizer
+from tests.train import small_rewards
 from trainer.pretrain.clip import BUILTIN_CLIP
 from trainer.pretrain.drawings import read_drawings
 from trainer.pretrain.scenes import SceneRenderer, draw_specs
-from trainer.rewards.clip import BUILTIN_PREPROCESS, ClipReward, Preprocess
+from trainer.rewards.clip import ClipReward
+from trainer.rewards.preprocess import BUILTIN_PREPROCESS, Preprocess
 
 OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
@@ -33,22 +34,7 @@ def scenes():
 @pytest.fixture(scope="module")
 def small_clip(tmp_path_factory):
     """A CLIPModel folder of random weights as the hub has them: with a preprocessor and a tokenizer."""
-    from transformers import CLIPConfig, CLIPModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    folder = tmp_path_factory.mktemp("clip")
-    tiny_tokenizer(folder)
-    ends = {"bos_token_id": 516, "eos_token_id": 517, "pad_token_id": 517}
-    torch.manual_seed(0)
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**common, **ends, "vocab_size": 518, "max_position_embeddings": 12}
-    vision = {**common, "image_size": 24, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    size, crop = {"shortest_edge": 24}, {"height": 24, "width": 24}
-    CLIPImageProcessorPil(
-        size=size, crop_size=crop, image_mean=OPENAI["mean"], image_std=OPENAI["std"]
-    ).save_pretrained(folder)
-    return folder
+    return small_rewards.small_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_equals_transformers_own_logits(reward, scenes):
