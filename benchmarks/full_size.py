@@ -99,7 +99,8 @@ def unet_graph(config: Mapping[str, Any], *, side: int, tokens: int, pooled: int
         "encoder_hidden_states": torch.zeros((1, tokens, int(config["cross_attention_dim"])), dtype=half),
     }
     if pooled:
-        inputs |= {"text_embeds": torch.zeros((1, pooled), dtype=half), "time_ids": torch.zeros((1, 6), dtype=half)}
+        # float32, as are the embeddings of the ids, beside which the states are laid before both are rounded
+        inputs |= {"text_embeds": torch.zeros((1, pooled)), "time_ids": torch.zeros((1, 6))}
     return Graph(name=Component.UNET, module=Net(), inputs=inputs, output_names=("out_sample",))
 
 

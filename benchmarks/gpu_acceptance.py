@@ -1,9 +1,10 @@
 """Everything that needs an NVIDIA GPU, in one command: `python -m benchmarks.gpu_acceptance --out DIR`
 
 Exports the built-in model to TensorRT for this very GPU (the components' engines, one engine with a Loop, one with the
-steps unrolled; 1, 2, 4 and 8 steps each), holds the golden picture of each to its gate, and measures: cold start, p50,
-p90 and p99 of an image, by component on the host's and on the device's clock, and the same bundle's ONNX graphs on
-onnxruntime's CUDA provider where that is installed. Writes gpu_acceptance.json and gpu_acceptance.md.
+steps unrolled, engines that are refitted; 1, 2, 4 and 8 steps each), holds the golden picture of each to its gate, and
+measures: cold start, p50, p90 and p99 of an image, by component on the host's and on the device's clock, and the same
+bundle's ONNX graphs on onnxruntime's CUDA provider where that is installed. Writes gpu_acceptance.json and
+gpu_acceptance.md.
 
 Every export and every measurement is a process of its own. One that fails is in the report and in the exit code, and
 the others go on.
@@ -25,15 +26,24 @@ from typing import Any, Protocol
 
 from benchmarks.gpu_report import markdown
 from hypersd_export.bundle.disk import write_atomic
-from hypersd_export.bundle.engines import CLASSIC, RTX, RTX_CAPABILITIES, engine_records
+from hypersd_export.bundle.engines import CLASSIC, RTX, engine_records
 from hypersd_export.bundle.manifest import read_manifest
-from hypersd_export.errors import HypersdError, MissingBackend, OptionError
+from hypersd_export.errors import HypersdError, OptionError
+from hypersd_export.job import default_loras
 from hypersd_export.runtime.device import DeviceInfo
+from hypersd_export.spec import ExportSpec, PlanFlags
 
 FORMAT = "hypersd-gpu-acceptance/1"
 STEPS = (1, 2, 4, 8)
-FORMS = {"components": (), "loop": ("--single-graph",), "unrolled": ("--single-graph", "--unroll")}
-"""How the pipeline is cut into engines, with hypersd-export's options for it."""
+REFIT = "refit"
+FORMS = {
+    "components": (),
+    "loop": ("--single-graph",),
+    "unrolled": ("--single-graph", "--unroll"),
+    REFIT: ("--weights", "refit"),
+}
+"""How the pipeline is cut into engines, with hypersd-export's options for it; the last are the components' engines of a
+weaker LoRA, which are given the right one's weights afterwards."""
 PACKAGES = ("hypersd", "tensorrt-rtx", "tensorrt", "cuda-bindings", "onnxruntime-gpu", "onnxruntime", "torch", "numpy")
 
 
@@ -81,11 +91,8 @@ class Processes:
 
     def export(self, case: Case, bundle: Path, device: DeviceInfo) -> None:
         """See `Workers`."""
-        command = ["hypersd_export.cli", "--target", "tensorrt", "--target", "onnx", "--steps", str(case.steps),
-                   "--trt-flavour", device.flavour, "--out", str(bundle), "--overwrite", *FORMS[case.form]]  # fmt: skip
-        if device.flavour == RTX:  # the classic library builds for the GPU of this machine and no other
-            command += ["--compute-capability", capability_name(device)]
-        self._run(command)
+        for command in export_commands(case, bundle, device):
+            self._run(["hypersd_export.cli", *command])
 
     def measure(self, bundle: Path, runtime: str, provider: str | None) -> dict[str, Any]:
         """See `Workers`."""
@@ -123,28 +130,37 @@ class _NotInstalled(HypersdError):  # noqa: N818 (says what is wrong, as errors.
     """What is measured against is not installed: that is left out, and no failure."""
 
 
+def export_commands(case: Case, bundle: Path, device: DeviceInfo) -> list[list[str]]:
+    """The arguments of `hypersd-export` that make the case's bundle, one call after the other."""
+    first = bundle.with_name(f"{bundle.name}-before") if case.form == REFIT else bundle
+    command = ["--target", "tensorrt", "--target", "onnx", "--steps", str(case.steps),
+               "--trt-flavour", device.flavour, "--out", str(first), "--overwrite", *FORMS[case.form]]  # fmt: skip
+    if device.flavour == RTX:  # the classic library builds for the GPU of this machine and no other
+        command += ["--compute-capability", capability_name(device)]
+    if case.form != REFIT:
+        return [command]
+    (lora,) = default_loras(ExportSpec(plan=PlanFlags(steps=(case.steps,))))
+    again = ["refit", str(first), "--lora", lora, "--out", str(bundle), "--overwrite"]
+    return [[*command, "--lora", f"{lora}:0.5"], again]
+
+
 def capability_name(device: DeviceInfo) -> str:
     """Such as 8.9."""
     return ".".join(map(str, device.capability))
 
 
 def choose_device(flavour: str) -> DeviceInfo:
-    """What this machine has; "auto" is tensorrt_rtx where it is installed and builds for this GPU, else tensorrt.
+    """What this machine has; "auto" is the library that `hypersd-export` would build with here.
 
     Raises:
         OptionError, MissingBackend: no driver, no GPU, or the library is not installed.
     """
     from hypersd_export.runtime import nvidia
+    from hypersd_export.targets import tensorrt, tensorrt_vendor
 
-    if flavour != "auto":
-        return nvidia.open_device(flavour).info
-    try:
-        device = nvidia.open_device(RTX).info
-        if capability_name(device) in RTX_CAPABILITIES:
-            return device
-    except MissingBackend:
-        pass
-    return nvidia.open_device(CLASSIC).info
+    gpu = tensorrt_vendor.gpu_capability()
+    chosen, _ = tensorrt.choose_flavour(flavour, None if gpu is None else ".".join(map(str, gpu)))
+    return nvidia.open_device(chosen).info
 
 
 def accept(

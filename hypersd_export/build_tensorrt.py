@@ -1,15 +1,17 @@
 """The TensorRT target: an engine of each fp16 ONNX graph of the workshop, each a stage of its own in the cache."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hypersd_export.build import Built, OnnxGraphs, Workshop, build_notes, onnx_record
 from hypersd_export.bundle.cache import Stage
-from hypersd_export.bundle.engines import PIPELINE, EngineRecord
+from hypersd_export.bundle.engines import PIPELINE, EngineRecord, engine_records
+from hypersd_export.bundle.manifest import read_manifest
+from hypersd_export.errors import BundleError
 from hypersd_export.graphs.spec import Component
-from hypersd_export.job import code_digests, resolve_engines
+from hypersd_export.job import code_digests
 from hypersd_export.targets import Target, tensorrt
 from hypersd_export.targets.onnx import MODEL_FILE
 from hypersd_export.targets.onnx_pipeline import PIPELINE_FILE
@@ -34,7 +36,8 @@ class Source:
 def tensorrt_target(workshop: Workshop) -> Built:
     """Engines of the components, or with `--single-graph` one of the whole; the configs beside them."""
     job = workshop.job
-    options, said = resolve_engines(job.spec)
+    assert job.engines is not None, "open_job resolves them for this target"
+    options, said = job.engines
     workshop.clock.reporter.note(said)
     precision = job.spec.precision_of(Target.TENSORRT)
     graphs = workshop.onnx(precision)
@@ -75,21 +78,31 @@ def sources(graphs: OnnxGraphs) -> list[Source]:
 
 def engine_stage(workshop: Workshop, source: Source, options: EngineOptions, precision: str) -> Stage:
     """The stage of one engine: the file under its own name, and its record."""
+    old = former_engine(workshop.job.spec.refit_from, source.name)
 
     def build(folder: Path) -> None:
-        record = tensorrt.build(
-            source.stage.path / source.file,
+        onnx = source.stage.path / source.file
+        progress = workshop.clock.reporter.detail
+        if old is not None:
+            record = tensorrt.refit(*old, onnx, folder, fp32_nodes=source.fp32_nodes, progress=progress)
+        else:
+            record = make(onnx, folder, progress)
+        (folder / RECORD_FILE).write_text(json.dumps(record.to_json()), encoding="utf-8")
+
+    def make(onnx: Path, folder: Path, progress: Callable[[str], None]) -> EngineRecord:
+        return tensorrt.build(
+            onnx,
             folder,
             component=source.name,
             options=options,
             precision=precision,
             fp32_nodes=source.fp32_nodes,
             glue_nodes=source.glue_nodes,
-            progress=workshop.clock.reporter.detail,
+            progress=progress,
         )
-        (folder / RECORD_FILE).write_text(json.dumps(record.to_json()), encoding="utf-8")
 
     depends = {
+        "refitted": None if old is None else old[0].sha256,
         "onnx": source.stage.key,
         "flavour": options.flavour,
         "version": installed_version(options.flavour),
@@ -100,6 +113,16 @@ def engine_stage(workshop: Workshop, source: Source, options: EngineOptions, pre
         "code": code_digests(("targets", "bundle/engines.py")),
     }
     return workshop.stage(f"tensorrt-{source.name}", depends, build)
+
+
+def former_engine(bundle: Path | None, name: str) -> tuple[EngineRecord, Path] | None:
+    """The engine of this name in the bundle that is refitted, with its file; None without such a bundle."""
+    if bundle is None:
+        return None
+    records = engine_records(read_manifest(bundle).targets[Target.TENSORRT.value], bundle)
+    if name not in records:
+        raise BundleError(f"{bundle} has no engine of {name} to refit: export again")
+    return records[name], bundle / records[name].file
 
 
 def read_record(stage: Stage) -> EngineRecord:

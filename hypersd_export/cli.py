@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hypersd_export.errors import BundleError, DestinationError, HypersdError, OptionError, tolerate_any_text
+from hypersd_export.errors import BundleError, DestinationError, HypersdError, tolerate_any_text
 
 if TYPE_CHECKING:
     from hypersd_export.clock import StageRecord
@@ -265,12 +265,21 @@ def verify(
 
 @app.command()
 def refit(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    lora: Annotated[list[str] | None, typer.Option(help="The LoRA to fit.")] = None,
+    bundle: Bundle,
+    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="The LoRA; repeatable.")] = None,
+    out: Annotated[Path, typer.Option(help="The new bundle's folder.")] = Path("bundle-refitted"),
+    base: Annotated[str | None, typer.Option(help="Where the base is now (default: the hub id or builtin).")] = None,
+    unet: Annotated[str | None, typer.Option(help="Where the other UNet is now.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Where the other VAE is now.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+    cache_dir: CacheDir = None,
 ) -> None:
-    """Put another LoRA into an existing bundle (not available yet)."""
-    with one_line_errors():
-        raise OptionError(f"refit {bundle}: not available yet, export again with --lora {(lora or ['FILE'])[0]}")
+    """Make a bundle again with another LoRA; all other options are those in its manifest."""
+    with one_line_errors(out, cache_dir):
+        from hypersd_export.refit import refit_spec
+
+        where = {"base": base, "unet": unet, "vae": vae}
+        _export(refit_spec(bundle, lora or [], out, **where, overwrite=overwrite, cache_dir=cache_dir))
 
 
 @cache_app.command("list")

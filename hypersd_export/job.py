@@ -17,6 +17,7 @@ from hypersd_export.errors import MissingBackend, OptionError
 from hypersd_export.graphs.spec import Component, Shapes, resolve_shapes
 from hypersd_export.model.files import public_name
 from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, lora_origin
+from hypersd_export.refit import check_same_base
 from hypersd_export.spec import BUILTIN, ExportSpec, PlanFlags
 from hypersd_export.targets import Target
 from hypersd_export.verify.source import COMPONENTS, Source, SourceRequest, open_source
@@ -43,6 +44,8 @@ class Job:
     shapes: Shapes
     prompt: str
     cache: StageCache
+    engines: "tuple[EngineOptions, str] | None" = None
+    """How TensorRT engines are built on this machine, and in a line why; None where none are."""
 
     @property
     def embedded_guidance(self) -> float | None:
@@ -162,6 +165,7 @@ class Job:
 def open_job(spec: ExportSpec) -> Job:
     """Open base and LoRAs and resolve what the spec leaves open; loads no weights. Raises `HypersdError`."""
     check_backends(spec)
+    engines = resolve_engines(spec) if Target.TENSORRT in spec.targets else None
     from hypersd_export.model.lora import parse_lora
 
     texts = default_loras(spec) if spec.loras is None else spec.loras
@@ -177,6 +181,8 @@ def open_job(spec: ExportSpec) -> Job:
     )
     source = open_source(request)
     base = source.base
+    if spec.refit_from is not None:
+        check_same_base(spec.refit_from, base.digest)
     configs = {name: base.component_config(name) for name in COMPONENTS}
     card = _card() if spec.base == BUILTIN else None
     clue = BaseClue(
@@ -199,6 +205,7 @@ def open_job(spec: ExportSpec) -> Job:
         shapes=resolve_shapes(configs, tokens=base.tokenizer.max_length, batch=spec.batch, cfg=cfg, size=spec.size),
         prompt=str((card or {}).get("prompt", PROMPT)),
         cache=StageCache(spec.cache_dir or default_cache_dir()),
+        engines=engines,
     )
 
 
@@ -208,8 +215,6 @@ def check_backends(spec: ExportSpec) -> None:
     for package in needed:
         if importlib.util.find_spec(package) is None:
             raise MissingBackend(package, "export", "hypersd-export")
-    if Target.TENSORRT in spec.targets:
-        resolve_engines(spec)
     if spec.verify:
         from hypersd_export.runtime.onnx import resolve_provider
 

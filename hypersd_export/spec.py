@@ -72,6 +72,8 @@ class ExportSpec:
     cache_dir: Path | None = None
     verify: bool = True
     allow_pickle: bool = False
+    refit_from: Path | None = None
+    """The bundle that this one is with another LoRA: its TensorRT engines are refitted, not built."""
 
     def __post_init__(self) -> None:
         from hypersd_export.targets import onnx, tensorrt
@@ -106,6 +108,7 @@ class ExportSpec:
         """The spec as plain JSON values, for `--dry-run` and the manifest."""
         values = dataclasses.asdict(self)
         values["out"] = str(self.out)
+        values["refit_from"] = None if self.refit_from is None else self.refit_from.name
         values["cache_dir"] = None if self.cache_dir is None else str(self.cache_dir)
         values["targets"] = [target.value for target in self.targets]
         return values

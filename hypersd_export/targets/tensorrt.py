@@ -26,7 +26,7 @@ from hypersd_export.bundle.engines import (
     engine_name,
     why_unusable,
 )
-from hypersd_export.errors import BuildError, HypersdError, MissingBackend, OptionError
+from hypersd_export.errors import BuildError, BundleError, HypersdError, MissingBackend, OptionError
 from hypersd_export.targets import tensorrt_vendor as vendor
 from hypersd_export.targets.tensorrt_checks import Profile
 from hypersd_export.targets.tensorrt_worker import REPORT
@@ -133,13 +133,18 @@ def resolve(
     check_options(flavour, capabilities, weights, optimization_level)
     gpu = vendor.gpu_capability()
     here = None if gpu is None else ".".join(map(str, gpu))
-    chosen, reason = _choose(flavour, here)
+    chosen, reason = choose_flavour(flavour, here)
     version = vendor.installed_version(chosen)
     if chosen == CLASSIC:
         found = _classic_capabilities(capabilities, here)
     else:
         for capability in capabilities or ():
             _check_rtx_capability(capability, RTX, "fp16")
+        if capabilities is None and here not in (None, *RTX_CAPABILITIES):
+            raise OptionError(
+                f"--target tensorrt: the GPU here ({here}) is not TensorRT-RTX's; install tensorrt "
+                "(hypersd[tensorrt-classic]), or name the GPUs that it is for with --compute-capability"
+            )
         found = tuple(capabilities or DEFAULT_CAPABILITIES)
         if weights != "full" and here is None:
             raise OptionError(f"--weights {weights}: TensorRT-RTX writes such engines only with a GPU; use full here")
@@ -150,7 +155,8 @@ def resolve(
     return options, f"TensorRT: {FLAVOURS[chosen]} {version} for compute capability {', '.join(found)} ({reason})"
 
 
-def _choose(flavour: str, here: str | None) -> tuple[str, str]:
+def choose_flavour(flavour: str, here: str | None) -> tuple[str, str]:
+    """The library for `flavour`, which may be "auto", and why; `here` is the capability of this machine's GPU."""
     if flavour != AUTO:
         return flavour, f"--trt-flavour {flavour}"
     if here is None:
@@ -246,6 +252,57 @@ def build(
         path.unlink()
         raise BuildError(f"the engine is not what was asked for: {reason}")
     return record
+
+
+def refit(
+    record: EngineRecord,
+    engine: Path,
+    onnx: Path,
+    folder: Path,
+    *,
+    fp32_nodes: Collection[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> EngineRecord:
+    """Another engine in `folder`: that of `record` with the weights of an ONNX file of the same graph; on its GPU.
+
+    Args:
+        record, engine: the engine, built with weights "refit" or "stripped", and its file.
+        onnx: the graph with other weights; its data file, if it has one, stands beside it.
+        folder: an existing folder.
+        fp32_nodes: ONNX nodes that this graph computes in float32, which have to be those of the engine.
+        progress: as in `build`.
+
+    Raises:
+        OptionError: there is no GPU.
+        BundleError: the engine is not usable here, or computes other nodes in float32.
+        BuildError: the library does not refit it.
+        MissingBackend: the library is not installed.
+    """
+    gpu = vendor.gpu_capability()
+    if gpu is None:
+        raise OptionError(
+            f"{engine.name}: engines are refitted on the GPU that runs them, and no driver and GPU are found here; "
+            "do it there, or export again"
+        )
+    reason = why_unusable(record, engine, capability=gpu, contents=True)
+    if reason is None and sorted(fp32_nodes) != sorted(record.fp32_nodes):
+        reason = f"{engine.name} computes other ops in float32 than these weights need: export the bundle again"
+    if reason is not None:
+        raise BundleError(reason)
+    options = EngineOptions(
+        flavour=record.flavour, capabilities=record.capabilities, **{**record.options, "weights": "refit"}
+    )
+    digest = onnx_digest(onnx)
+    with tempfile.TemporaryDirectory(prefix=".engine-", dir=folder) as scratch:
+        new = Path(scratch) / f"{record.component}.engine"
+        request = {
+            "refit": str(engine.resolve()), "onnx": str(onnx.resolve()), "engine": str(new), "flavour": record.flavour
+        }  # fmt: skip
+        took = _in_process_of_its_own(request, Path(scratch), f"refitting {record.component}", progress)
+        same = {name: record.to_json()[name] for name in ("inputs", "outputs", "layers")}
+        made = _record(same | took, new, record.component, options, record.precision, digest, sorted(fp32_nodes))
+        new.rename(folder / Path(made.file).name)
+    return made
 
 
 def _record(

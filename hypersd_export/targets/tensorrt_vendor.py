@@ -7,6 +7,7 @@ all that is used of them, and the tests compare the lists with these sources and
 import ctypes
 import importlib.metadata
 import importlib.util
+import mmap
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_export.bundle.engines import CLASSIC, FLAVOURS, RTX
-from hypersd_export.errors import MissingBackend
+from hypersd_export.errors import BuildError, MissingBackend
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "": (
         "Builder", "BuilderFlag", "IBuilderConfig", "ILogger", "INetworkDefinition", "IProgressMonitor", "LayerType",
-        "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "OnnxParserFlag", "ParserError",
+        "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "OnnxParserFlag", "OnnxParserRefitter",
+        "ParserError", "Refitter", "Runtime", "SerializationFlag",
     ),
     "Builder": (
         "build_serialized_network", "create_builder_config", "create_network", "create_optimization_profile",
@@ -30,6 +32,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "add_optimization_profile", "builder_optimization_level", "progress_monitor", "set_flag",
         "set_memory_pool_limit",
     ),
+    "ICudaEngine": ("create_serialization_config", "serialize_with_config"),
     "ILayer": ("get_input", "get_output", "metadata", "name", "num_inputs", "num_outputs", "type"),
     "ILogger": ("ERROR", "INTERNAL_ERROR"),
     "INetworkDefinition": (
@@ -37,6 +40,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "IOptimizationProfile": ("set_shape",),
     "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
+    "ISerializationConfig": ("clear_flag", "set_flag"),
     "ITensor": ("dtype", "name", "shape"),
     "LayerType": (
         "ASSERTION", "CAST", "CONCATENATION", "CONDITION", "CONSTANT", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT",
@@ -47,11 +51,16 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
     "OnnxParser": ("get_error", "num_errors", "parse_from_file", "set_flag"),
     "OnnxParserFlag": ("NATIVE_INSTANCENORM",),
+    "OnnxParserRefitter": ("refit_from_file",),
     "ParserError": ("desc", "node_name", "node_operator"),
+    "Refitter": ("get_missing_weights", "refit_cuda_engine"),
+    "Runtime": ("deserialize_cuda_engine",),
+    "SerializationFlag": ("EXCLUDE_WEIGHTS", "INCLUDE_REFIT"),
 }  # fmt: skip
 """All that is used of both, by class; "" is the module itself."""
 RTX_NAMES: Mapping[str, tuple[str, ...]] = {
-    "": ("ComputeCapability", "EngineInvalidityDiagnostics", "EngineValidity", "Runtime"),
+    "": ("ComputeCapability", "EngineInvalidityDiagnostics", "EngineValidity"),
+    "BuilderFlag": ("REQUIRE_USER_ALLOCATION",),
     "ComputeCapability": ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
     "EngineInvalidityDiagnostics": ("MALFORMED_ENGINE", "VERSION_MISMATCH"),
     "EngineValidity": ("INVALID",),
@@ -169,6 +178,8 @@ class Vendor:
         if options["weights"] == "stripped":
             config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         if self.flavour == RTX:
+            # Then nothing is allocated while it runs, and its work can be captured as a CUDA graph: a Loop's too.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
             config.num_compute_capabilities = len(capabilities)
             for number, capability in enumerate(capabilities):
                 name = f"SM{capability.replace('.', '')}"
@@ -193,11 +204,37 @@ class Vendor:
         """
         if self.flavour != RTX:
             return False
-        import mmap
-
         trt = self.trt
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             validity, diagnosis = trt.Runtime(self.logger).get_engine_validity(data)
         kinds = trt.EngineInvalidityDiagnostics
         serious = int(kinds.MALFORMED_ENGINE) | int(kinds.VERSION_MISMATCH)
         return validity == trt.EngineValidity.INVALID and bool(int(diagnosis) & serious)
+
+    def refitted(self, engine: Path, onnx: Path) -> Any:
+        """The bytes of an engine with the weights of an ONNX file of its graph, to be refitted again; needs a GPU.
+
+        Raises `BuildError` if the library refuses, or if a weight of the engine is not in the file.
+        """
+        trt = self.trt
+        with engine.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            loaded = trt.Runtime(self.logger).deserialize_cuda_engine(data)
+        if loaded is None:
+            raise BuildError(f"{engine.name} does not load: {self.last_error()}; export it again")
+        refitter = trt.Refitter(loaded, self.logger)
+        reader = trt.OnnxParserRefitter(refitter, self.logger)
+        taken = reader.refit_from_file(str(onnx))
+        missing = refitter.get_missing_weights()
+        if not taken or missing:
+            lacks = f"{len(missing)} weights are missing, {missing[0]!r} first" if missing else self.last_error()
+            raise BuildError(f"{engine.name} does not take the weights of {onnx.name}: {lacks}; export it again")
+        if not refitter.refit_cuda_engine():
+            raise BuildError(f"{engine.name} was not refitted: {self.last_error()}; export it again")
+        form = loaded.create_serialization_config()
+        form.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+        form.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+        return loaded.serialize_with_config(form)
+
+    def last_error(self) -> str:
+        """What the library logged last, in one line of up to 300 characters."""
+        return " ".join((self.errors or ["the library gives no reason"])[-1].split())[:300]

@@ -1,4 +1,4 @@
-"""`python -m hypersd_export.targets.tensorrt_worker request.json`: one engine, in a process of its own.
+"""`python -m hypersd_export.targets.tensorrt_worker request.json`: one engine, built or refitted in its own process.
 
 A failed build leaves the library's process unable to build anything more, and the memory that a build needs is given
 back when the process ends. Writes the engine and `report.json` beside the request; lines on standard output say how far
@@ -75,8 +75,7 @@ def build(request: Mapping[str, Any], progress: Callable[[str], None], stop: Sto
     if stop.wanted:
         raise Interrupted
     if plan is None:
-        reason = " ".join((vendor.errors or ["the library gives no reason"])[-1].split())
-        raise BuildError(f"TensorRT could not build {engine.stem}: {reason[:300]}")
+        raise BuildError(f"TensorRT could not build {engine.stem}: {vendor.last_error()}")
     with engine.open("wb") as stream:
         stream.write(memoryview(plan))
     if cache is not None:
@@ -88,9 +87,22 @@ def build(request: Mapping[str, Any], progress: Callable[[str], None], stop: Sto
         "inputs": [asdict(tensor) for tensor in inputs],
         "outputs": [asdict(tensor) for tensor in outputs],
         "layers": checks.count_types(layers),
-        "seconds": round(time.perf_counter() - started, 2),
-        "peak_mb": round(peak_mb(), 1),
+        **_took(started),
     }
+
+
+def refit(request: Mapping[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+    """Refit the engine that `request` (see `tensorrt.refit`) names; raises `HypersdError`."""
+    started = time.perf_counter()
+    vendor = Vendor.open(request["flavour"])
+    progress("refitting")
+    with Path(request["engine"]).open("wb") as stream:
+        stream.write(memoryview(vendor.refitted(Path(request["refit"]), Path(request["onnx"]))))
+    return {"version": vendor.version, **_took(started)}
+
+
+def _took(started: float) -> dict[str, float]:
+    return {"seconds": round(time.perf_counter() - started, 2), "peak_mb": round(peak_mb(), 1)}
 
 
 def _set_profile(
@@ -159,6 +171,10 @@ def peak_mb() -> float:
         return float(getattr(memory, "peak_wset", memory.rss)) / 1e6
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Read the request, build, write the report: the engine's facts, or the one line of a `HypersdError`."""
     path = Path((sys.argv[1:] if arguments is None else arguments)[0])
@@ -166,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     stop = Stop()
     signal.signal(signal.SIGINT, stop)
     try:
-        report = build(request, lambda text: print(text, flush=True), stop)
+        report = refit(request, _say) if "refit" in request else build(request, _say, stop)
     except Interrupted:
         return INTERRUPTED
     except HypersdError as error:

@@ -244,10 +244,13 @@ def test_a_golden_picture_that_is_not_reproduced_fails(exported, tmp_path):  # n
     assert "the golden picture is not reproduced on cpu" in refused(run("verify", bundle))
 
 
-def test_refit_is_not_available_yet(exported):  # noqa: F811
-    assert "not available yet, export again with --lora b.safetensors" in refused(
-        run("refit", exported.path, "--lora", "b.safetensors")
-    )
+def test_refit_on_the_command_line(exported, tmp_path):  # noqa: F811
+    out = tmp_path / "new"
+    assert "refit: name the LoRA" in refused(run("refit", exported.path, "--out", out))
+    lost = refused(run("refit", exported.path, "--lora", "b.safetensors", "--out", out))
+    assert lost.startswith("model: no such file or folder")  # a manifest has the last part of a path alone
+    assert "no bundle at" in refused(run("refit", tmp_path / "none", "--lora", "b.safetensors", "--out", out))
+    assert not out.exists()
 
 
 @pytest.mark.usefixtures("quick_build", "quick_verify")

@@ -18,7 +18,8 @@ TARGETS = Path(tensorrt_vendor.__file__).parent
 FILES = [TARGETS / f"tensorrt_{name}.py" for name in ("vendor", "checks", "worker")]
 OBJECTS = {
     "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
-    "ranges": "IOptimizationProfile", "layer": "ILayer", "trt": "",
+    "ranges": "IOptimizationProfile", "layer": "ILayer", "trt": "", "loaded": "ICudaEngine", "refitter": "Refitter",
+    "reader": "OnnxParserRefitter", "form": "ISerializationConfig",
 }  # fmt: skip
 """What the sources call an object of each class."""
 

@@ -9,14 +9,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks import gpu_acceptance, gpu_measure
-from benchmarks.gpu_acceptance import FORMAT, Case, Processes, Step, accept, capability_name, choose_device, main
+from benchmarks.gpu_acceptance import (
+    FORMAT,
+    Case,
+    Processes,
+    Step,
+    accept,
+    capability_name,
+    choose_device,
+    export_commands,
+    main,
+)
 from benchmarks.gpu_report import markdown, table
 from hypersd_export.bundle.digest import sha256_file
+from hypersd_export.cli import app
 from hypersd_export.diffusion.plan import FewStepPlan, Solver
 from hypersd_export.errors import HypersdError, MissingBackend, OptionError
 from hypersd_export.runtime import nvidia
+from hypersd_export.targets import tensorrt_vendor
 from tests.bundles import CFG_PLANS
 from tests.engine_bundles import make_engine_bundle, make_single_engine_bundle, reseal, write_engine
 from tests.fake_device import FakeDevice
@@ -44,6 +57,9 @@ class InProcess(Processes):
             assert gpu_measure.main(command[1:]) == 0
             return
         assert command[0] == "hypersd_export.cli"
+        if command[1] == "refit":
+            Path(command[2]).rename(command[command.index("--out") + 1])
+            return
         options = dict(itertools.pairwise(command))
         plans = [
             FewStepPlan(solver=Solver.TCD, num_steps=int(options["--steps"]), eta=0.3, guidance=CFG_PLANS[0].guidance)
@@ -230,17 +246,47 @@ def test_flavours(monkeypatch: pytest.MonkeyPatch) -> None:
             return FakeDevice(capability=capability, flavour=flavour)
 
         monkeypatch.setattr(nvidia, "open_device", opened)
+        monkeypatch.setattr(tensorrt_vendor, "gpu_capability", lambda: capability)
+        monkeypatch.setattr(tensorrt_vendor, "installed", lambda flavour: flavour in installed)
 
     machine((8, 9), ("rtx", "classic"))
+    assert choose_device("auto").flavour == "classic"
+    assert choose_device("rtx").flavour == "rtx"
+    machine((8, 9), ("rtx",))
     assert choose_device("auto").flavour == "rtx"
-    assert choose_device("classic").flavour == "classic"
     machine((9, 0), ("rtx", "classic"))
     assert (choose_device("auto").flavour, capability_name(choose_device("auto"))) == ("classic", "9.0")
     machine((8, 9), ("classic",))
     assert choose_device("auto").flavour == "classic"
-    machine((9, 0), ("rtx",))
-    with pytest.raises(MissingBackend, match="classic"):
-        choose_device("auto")
+    with pytest.raises(MissingBackend, match="rtx"):
+        choose_device("rtx")
+
+
+@pytest.mark.parametrize("form", gpu_acceptance.FORMS)
+@pytest.mark.parametrize("flavour", ["rtx", "classic"])
+def test_the_commands_are_those_of_hypersd_export(
+    form: str, flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each one is read by the real command line; here it only says what it would do."""
+    monkeypatch.setattr(tensorrt_vendor, "gpu_capability", lambda: (8, 9))
+    monkeypatch.setattr(tensorrt_vendor, "installed_version", lambda flavour: "1.2.3.4")
+    info = FakeDevice(capability=(8, 9), flavour=flavour).info
+    bundle = tmp_path / "bundle"
+    first, *more = export_commands(Case(form=form, steps=4), bundle, info)
+    result = CliRunner().invoke(app, [*first, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["options"]["engines"]["capabilities"] == (["8.9"] if flavour == "rtx" else None)
+    assert plan["options"]["targets"] == ["tensorrt", "onnx"]
+    scales = [lora["scale"] for lora in plan["loras"]]
+    if form != "refit":
+        assert (more, scales, plan["out"]) == ([], [1.0], str(bundle))
+        return
+    assert scales == [0.5]
+    [again] = more
+    result = CliRunner().invoke(app, again)
+    assert result.exit_code == 1
+    assert f"no bundle at {plan['out']}" in result.output  # its arguments were read
 
 
 def test_without_a_driver_one_line(
