@@ -79,3 +79,8 @@ class Runtime(Protocol):
 def as_input(value: npt.ArrayLike, tensor: Tensor) -> Array:
     """The value as a C-ordered array of the tensor's type; not copied where it is one."""
     return np.asarray(value, dtype=tensor.dtype, order="C")
+
+
+def filled(tensor: Tensor, value: float) -> Array:
+    """An input that has the same value everywhere, of the tensor's shape and type; a free axis gets one element."""
+    return np.full([1 if size is None else size for size in tensor.shape], value, dtype=tensor.dtype)

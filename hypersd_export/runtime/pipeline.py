@@ -30,7 +30,7 @@ from hypersd_export.diffusion.sampling import run, start_sample
 from hypersd_export.diffusion.table import start_row
 from hypersd_export.errors import BundleError, OptionError, PlanError
 from hypersd_export.runtime.folder import Folder
-from hypersd_export.runtime.graph import Run, Runtime
+from hypersd_export.runtime.graph import Run, Runtime, filled
 from hypersd_export.runtime.groups import groups
 from hypersd_export.runtime.images import to_image, to_sample, to_uint8
 from hypersd_export.runtime.result import Float, Guide, Result
@@ -264,10 +264,10 @@ class Pipeline:
                 raise BundleError(f"the UNet of {self.path} has {rows} rows, and guidance needs an even number")
             size = rows // branches
             states = np.repeat(np.stack([s for s in (guide.uncond, guide.cond) if s is not None]), size, axis=0)
-            call, rank = graph.fixed(encoder_hidden_states=states), len(graph.inputs["timestep"].shape)
+            call = graph.fixed(encoder_hidden_states=states)
 
             def net(scaled: Float, t: float) -> Float:
-                timestep = np.full((1,) * rank, t)
+                timestep = filled(graph.inputs["timestep"], t)
                 parts = [_denoise(call, part, timestep, guide) for part in groups(scaled, size)]
                 return np.concatenate(parts)[: len(scaled)]
 

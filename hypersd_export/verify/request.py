@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hypersd_export.graphs.spec import Component, Shapes
+from hypersd_export.runtime.ports import Port, Ports
+from hypersd_export.targets import Target
 from hypersd_export.verify.source import SourceRequest
 
 
@@ -17,6 +19,7 @@ class VerifyRequest:
     source, digests: what was exported, opened again, and the digests that it must still have.
     bundle: a folder with the tokenizer, plan.json and what draws pictures; components: the folder of each component's
     graph, wherever it lies. out: a folder for golden/ and report.json.
+    target: what kind of graph that is; Core ML's packages have `ports` by component where their layout is not ours.
     compare: False makes the golden files (by torch) and compares nothing.
     golden_db: least PSNR in dB of the golden picture, for every runtime of everything that is published.
     """
@@ -34,6 +37,8 @@ class VerifyRequest:
     seed: int
     compare: bool
     golden_db: float
+    target: Target = Target.ONNX
+    ports: Mapping[str, Ports] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -51,6 +56,11 @@ class VerifyRequest:
             "seed": self.seed,
             "compare": self.compare,
             "golden_db": self.golden_db,
+            "target": self.target.value,
+            "ports": {
+                component: {name: port.to_json() for name, port in ports.items()}
+                for component, ports in self.ports.items()
+            },
         }
 
     @classmethod
@@ -64,6 +74,11 @@ class VerifyRequest:
                 "components": {Component(name): Path(folder) for name, folder in data["components"].items()},
                 "out": Path(data["out"]),
                 "shapes": Shapes(**data["shapes"]),
+                "target": Target(data["target"]),
+                "ports": {
+                    component: {name: Port.from_json(port) for name, port in ports.items()}
+                    for component, ports in data["ports"].items()
+                },
             }
         )
 

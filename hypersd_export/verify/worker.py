@@ -1,6 +1,7 @@
 """`python -m hypersd_export.verify.worker request.json`: golden files by torch, and every artifact held against torch.
 
-Components are loaded one at a time, first by torch and then by onnxruntime. Writes `golden/` and `report.json` into
+Components are loaded one at a time, first by torch and then by what runs the artifact here: onnxruntime, or the MIL
+interpreter for Core ML's packages. Writes `golden/` and `report.json` into
 the request's `out`; lines on standard output say how far it is. In a process of its own it cannot raise the export's
 memory.
 """
@@ -20,7 +21,9 @@ import numpy.typing as npt
 from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, philox_normal, start_sample
 from hypersd_export.errors import HypersdError
 from hypersd_export.graphs.spec import Component
-from hypersd_export.verify.gates import COMPONENT_DB, IMAGE_DB, Gate
+from hypersd_export.runtime.graph import Graph, Runtime, filled
+from hypersd_export.targets import Target
+from hypersd_export.verify.gates import COMPONENT_DB, COREML_IMAGE_DB, IMAGE_DB, Gate
 from hypersd_export.verify.golden import write_golden
 from hypersd_export.verify.request import VerifyRequest
 from hypersd_export.verify.source import Source, check_unchanged, open_source
@@ -71,18 +74,36 @@ class Verification:
         self.progress(f"torch: {component}")
         return self.source.load(component, torch.float32)[0]
 
-    def graph(self, component: Component) -> Any:
+    def graph(self, component: Component) -> Graph:
         """The artifact of a component, as the runtime opens it.
 
         On the CPU an fp16 graph is rounded op by op, or half precision would not be seen there (`onnx_fp16`).
         """
         from hypersd_export.runtime.onnx import open_graph
 
-        self.progress(f"{self.request.provider}: {component}")
+        self.progress(f"{self.provider}: {component}")
+        if self.request.target is Target.COREML:
+            return self.runtime().graph(component)
         path = self.request.components[component] / "model.onnx"
         if self.request.precision == "fp16" and self.request.provider == "cpu":
             return open_graph(rounded(path, self.scratch / component), optimise=False)
         return open_graph(path, provider=self.request.provider)
+
+    def runtime(self) -> Runtime:
+        """What draws the final image with the artifacts."""
+        from hypersd_export.runtime.onnx import OnnxRuntime
+
+        if self.request.target is Target.COREML:
+            from hypersd_export.verify.coreml import InterpretedRuntime
+
+            packages = {c.value: folder / f"{c}.mlpackage" for c, folder in self.request.components.items()}
+            return InterpretedRuntime(packages=packages, ports=self.request.ports)
+        return OnnxRuntime(path=self.request.bundle, provider=self.request.provider)
+
+    @property
+    def provider(self) -> str:
+        """What the artifacts run on here, for lines on the progress."""
+        return "interpreter" if self.request.target is Target.COREML else self.request.provider
 
 
 def verify(request: VerifyRequest, progress: Progress = lambda _: None) -> dict[str, Any]:
@@ -199,7 +220,8 @@ def _unet(run: Verification) -> None:
     gc.collect()
     gate, graph = run.gate(Component.UNET, COMPONENT_DB[request.precision]), run.graph(Component.UNET)
     for key, sample in samples.items():
-        out = graph.run(sample=sample, timestep=np.float32(key[0]), encoder_hidden_states=states)["out_sample"]
+        timestep = filled(graph.inputs["timestep"], key[0])
+        out = graph.run(sample=sample, timestep=timestep, encoder_hidden_states=states)["out_sample"]
         db, largest = gate.compare(out, references[key], f"at t = {key[0]:g}")
         gate.steps.append({"t": key[0], "psnr_db": round(db, 2), "max_abs": min(largest, 3.4e38)})
 
@@ -264,15 +286,14 @@ def _vae(run: Verification) -> None:
 
 def _image(run: Verification) -> None:
     """The whole torch-free pipeline against the whole torch pipeline, for every plan of the bundle."""
-    from hypersd_export.runtime.onnx import OnnxRuntime
     from hypersd_export.runtime.pipeline import Pipeline
 
     request = run.request
-    gate = run.gate("image", IMAGE_DB[request.precision])
-    runtime = OnnxRuntime(path=request.bundle, provider=request.provider)
-    pipeline = Pipeline(path=request.bundle, plans=run.plans, digest="", runtime=runtime)
+    least_db = COREML_IMAGE_DB if request.target is Target.COREML else IMAGE_DB
+    gate = run.gate("image", least_db[request.precision])
+    pipeline = Pipeline(path=request.bundle, plans=run.plans, digest="", runtime=run.runtime())
     for entry in run.plans.entries:
-        run.progress(f"{request.provider}: image in {entry.steps} steps")
+        run.progress(f"{run.provider}: image in {entry.steps} steps")
         result = pipeline(
             request.prompt,
             negative_prompt=request.negative_prompt if _is_cfg(entry) else "",
