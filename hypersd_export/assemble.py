@@ -84,10 +84,7 @@ def write_card(
         "width": job.shapes.width,
         "height": job.shapes.height,
         "batch": job.shapes.batch,
-        "targets": {
-            name: {key: target[key] for key in ("precision", "opset") if key in target}
-            for name, target in targets.items()
-        },
+        "targets": {name: {**target, "fp32_nodes": fp32_nodes(target)} for name, target in targets.items()},
         "entries": job.plans.to_json()["entries"],
         "scheduler": call.class_name,
         "call": ", ".join(f"{name}={value!r}" for name, value in call.call.items()),
@@ -101,6 +98,12 @@ def write_card(
         "created": created,
     }
     (bundle / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def fp32_nodes(target: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """By component, the nodes of a target's ONNX graphs (or of those that it was made from) that stay in float32."""
+    components = target.get("onnx", target).get("components", {})
+    return {name: figures.get("fp32_nodes", ()) for name, figures in components.items()}
 
 
 def _listed(targets: Iterable[str]) -> str:

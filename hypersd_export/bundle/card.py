@@ -25,7 +25,7 @@ _TEMPLATE = """\
 With the runtime of this project, which needs neither torch nor diffusers:
 
 ```
-pip install 'hypersd[cpu]'
+pip install 'hypersd[{extra}]'
 hypersd-generate . --prompt {prompt_shell}
 ```
 
@@ -46,9 +46,7 @@ machine. `hypersd-generate . --golden` reproduces the picture in `golden/` and s
 {plans}
 
 {table_note}
-
 {elsewhere}
-
 ## Checked against torch
 
 {parity}
@@ -60,6 +58,19 @@ machine. `hypersd-generate . --golden` reproduces the picture in `golden/` and s
 The base pipeline's safety checker was **dropped** in the export: nothing filters what this model draws, and whoever
 publishes its output answers for it.
 """
+
+_ENGINES = """\
+## The engines
+
+Each is a program for {module} {version} and GPUs of compute capability {capabilities}; on others, or with another
+version, it does not run, and `hypersd-generate` says so before it loads anything. {compiled}
+
+{table}"""
+
+_COMPILED = {
+    "rtx": "Kernels are compiled for the GPU at the first call, and kept in the user's cache.",
+    "classic": "They were compiled for the GPU that they were built on.",
+}
 
 _OPTIMUM = """\
 ## In optimum
@@ -123,7 +134,7 @@ def _front_matter(card: Mapping[str, Any]) -> str:
         lines.append(f"license: {json.dumps(card['license'])}")
     if card["base"].get("hub_id"):
         lines.append(f"base_model: {json.dumps(card['base']['hub_id'])}")
-    return "\n".join([*lines, "tags:", "- text-to-image", "- few-step", "- onnx"])
+    return "\n".join([*lines, "tags:", "- text-to-image", "- few-step", *(f"- {name}" for name in card["targets"])])
 
 
 def _facts(card: Mapping[str, Any]) -> str:
@@ -135,9 +146,40 @@ def _facts(card: Mapping[str, Any]) -> str:
         rows.append(("LoRA", "none"))
     rows.append(("Picture", f"{card['width']} x {card['height']} px, {card['batch']} at a time"))
     for name, target in card["targets"].items():
-        rows.append(("Target", f"{name}: " + ", ".join(f"{key} {value}" for key, value in target.items())))
+        said = {key: target[key] for key in ("precision", "opset", "flavour", "weights") if key in target}
+        rows.append(("Target", f"{name}: " + ", ".join(f"{key} {value}" for key, value in said.items())))
+    rows += [("In float32", line) for line in map(_kept, card["targets"].values()) if line]
     rows.append(("Made with", f"hypersd {card['hypersd']}, {card['created']}"))
     return "\n".join(f"| {key} | {value} |" for key, value in rows)
+
+
+def _kept(target: Mapping[str, Any]) -> str:
+    """Which ops of an fp16 target are computed in float32, by component; "" where none is, or nothing is in fp16."""
+    counts = {name: len(nodes) for name, nodes in target.get("fp32_nodes", {}).items() if nodes}
+    return ", ".join(f"{count} of the ops of {name}" for name, count in counts.items()) + (
+        ", whose values the range scan found beyond fp16's; their names are in `manifest.json`" if counts else ""
+    )
+
+
+def _extra(targets: Mapping[str, Any]) -> str:
+    """The extra of this package that runs the bundle's first target, which is the one that `hypersd-generate` takes."""
+    name, target = next(iter(targets.items()))
+    return "cpu" if name == "onnx" else f"{name}-classic" if target.get("flavour") == "classic" else name
+
+
+def _engines(target: Mapping[str, Any]) -> str:
+    """What the engines are for, and their sizes."""
+    rows = [
+        [name, f"`{engine['file']}`", f"{engine['bytes'] / 1e6:,.1f}"] for name, engine in target["engines"].items()
+    ]
+    flavour = target["flavour"]
+    return _ENGINES.format(
+        module={"rtx": "TensorRT-RTX", "classic": "TensorRT"}[flavour],
+        version=target["version"],
+        capabilities=", ".join(target["capabilities"]),
+        compiled=_COMPILED[flavour],
+        table=_table(["component", "file", "MB"], rows),
+    )
 
 
 def _plans(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -185,7 +227,16 @@ def _decibel(value: Any) -> str:
 
 
 def _elsewhere(card: Mapping[str, Any]) -> str:
-    """How other tools use the graphs."""
+    """How other tools use what is there, a section for each target that has something to say."""
+    sections = []
+    if "onnx" in card["targets"]:
+        sections.append(_onnx(card))
+    if "tensorrt" in card["targets"]:
+        sections.append(_engines(card["targets"]["tensorrt"]))
+    return "".join(f"\n{section}\n" for section in sections)
+
+
+def _onnx(card: Mapping[str, Any]) -> str:
     if card.get("single_graph"):
         return _SINGLE.format(inputs=_inputs(card["single_graph"]))
     return _OPTIMUM.format(
@@ -206,7 +257,8 @@ def model_card(card: Mapping[str, Any]) -> str:
             base: {name, family, digest, hub_id (optional)}
             loras: [{file, scale, digest}]
             width, height, batch: the picture in pixels, and how many the graphs make at a time
-            targets: {"onnx": {"precision": …, "opset": …}}
+            targets: {"onnx": {"precision": …, "opset": …}}, with `fp32_nodes` by component where ops of an fp16 target
+                are in float32, and of engines `flavour`, `version`, `capabilities`, `weights` and `engines`
             entries: the entries of plan.json
             scheduler: diffusers' class name; call: the keyword arguments of the pipeline call as Python source, such
                 as "num_inference_steps=4, guidance_scale=0.0"; exact: whether diffusers can express the plan;
@@ -226,6 +278,7 @@ def model_card(card: Mapping[str, Any]) -> str:
         title=card["title"],
         summary=card["summary"],
         facts=_facts(card),
+        extra=_extra(card["targets"]),
         prompt_shell="'" + prompt.replace("'", "'\\''") + "'",
         prompt_python=json.dumps(prompt, ensure_ascii=False),
         plans=_plans(card["entries"]),

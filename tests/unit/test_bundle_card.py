@@ -37,6 +37,31 @@ def test_facts_are_there() -> None:
     assert "{" not in text.split("```python")[0], "no field is left unfilled"
 
 
+def test_engines_instead_of_onnx_files() -> None:
+    """Nothing about optimum, for which there is no file; the extra that runs them, what they are for, their sizes."""
+    engine = {"file": "unet/unet.rtx-1.7.engine", "bytes": 29_800_000}
+    target = {
+        "precision": "fp16", "opset": 20, "flavour": "rtx", "version": "1.7.1.116", "capabilities": ["8.6", "8.9"],
+        "weights": "full", "engines": {"unet": engine}, "fp32_nodes": {"unet": [], "vae_encoder": ["a", "b", "c"]},
+    }  # fmt: skip
+    text = model_card(facts(targets={"tensorrt": target}))
+    for part in (
+        "pip install 'hypersd[tensorrt]'", "TensorRT-RTX 1.7.1.116 and GPUs of compute capability 8.6, 8.9;",
+        "| unet | `unet/unet.rtx-1.7.engine` | 29.8 |",
+        "tensorrt: precision fp16, opset 20, flavour rtx, weights full |",
+        "| In float32 | 3 of the ops of vae_encoder, whose values", "- tensorrt\n",
+    ):  # fmt: skip
+        assert part in text, part
+    for part in ("optimum", "- onnx\n", "ORTStable", "\n\n\n"):
+        assert part not in text, part
+    both = {"onnx": {"precision": "fp32", "opset": 20}, "tensorrt": target | {"flavour": "classic"}}
+    text = model_card(facts(targets=both))
+    for part in ("hypersd[cpu]", "ORTStable", "for TensorRT 1.7.1.116", "built on.\n"):
+        assert part in text, part
+    text = model_card(facts(targets=dict(reversed(both.items()))))
+    assert "hypersd[tensorrt-classic]" in text
+
+
 def test_the_plan_table_has_the_rows_timesteps() -> None:
     text = model_card(facts())
     rows = [line for line in text.splitlines() if line.startswith(("| 4 (default)", "| 2 |"))]
