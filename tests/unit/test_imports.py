@@ -75,11 +75,12 @@ def test_torch_free_packages_never_name_torch(path):
 
 
 def test_no_target_imports_another_but_tensorrt_may_use_onnx():
-    for path in (ROOT / "hypersd_export" / "targets").glob("*.py"):
+    targets = ROOT / "hypersd_export" / "targets"
+    for path in targets.rglob("*.py"):
         others = {n.split(".")[2] for n in _imports(path) if n.startswith("hypersd_export.targets.")}
-        family = path.stem.partition("_")[0]  # a target of several files
+        family = path.relative_to(targets).parts[0].removesuffix(".py").partition("_")[0]  # a target of several files
         allowed = {"onnx"} if path.stem == "tensorrt" or family == "onnx" else set()
-        if path.stem != "__init__":
+        if path != targets / "__init__.py":
             assert {name for name in others - allowed if name.partition("_")[0] != family} == set(), path
 
 
