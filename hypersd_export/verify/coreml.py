@@ -81,9 +81,7 @@ class InterpretedRuntime:
     def graph(self, component: str) -> Graph:
         """A component's package as a graph, read at the first call; `BundleError` if there is none or it is damaged."""
         if component not in self.packages:
-            raise BundleError(
-                f"there is no package of {component}, only of {', '.join(self.packages)}: export it again"
-            )
+            raise BundleError(f"no package of {component}, only of {', '.join(self.packages)}: export the bundle again")
         if component not in self._graphs:
             graph = InterpretedGraph(package=open_package(self.packages[component]))
             ports = self.ports.get(component)
