@@ -310,11 +310,15 @@ def cache_prune(
         float | None, typer.Option(min=0.0, help="Only what was not used for so long (default: everything).")
     ] = None,
 ) -> None:
-    """Delete finished stages."""
+    """Delete finished stages, and the kernels that GPUs compiled of TensorRT engines."""
     with one_line_errors(cache_dir=cache_dir):
+        from hypersd_export.runtime.tensorrt import prune_kernels
+
         cache = _cache(cache_dir)
         count, freed = cache.prune(older_than_days=older_than_days)
-        typer.echo(f"{count} stages deleted, {freed / 1e6:,.1f} MB freed in {cache.root}")
+        kernels, more = prune_kernels(cache.root, older_than_days=older_than_days)
+        compiled = f" and {kernels} files of compiled kernels" if kernels else ""
+        typer.echo(f"{count} stages{compiled} deleted, {(freed + more) / 1e6:,.1f} MB freed in {cache.root}")
 
 
 def _cache(cache_dir: Path | None) -> Any:

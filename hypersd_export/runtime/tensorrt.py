@@ -8,6 +8,9 @@ engine, and its one enqueue is captured as one CUDA graph.
 `tensorrt_rtx` compiles kernels for this GPU at the first call; they are kept in the user's cache for the next process.
 """
 
+import contextlib
+import os
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +122,16 @@ class TensorRTRuntime:
         return self._cache / KERNELS / f"{record.component}-{key[:32]}.bin"
 
 
+def prune_kernels(cache_dir: Path, *, older_than_days: float | None = None) -> tuple[int, int]:
+    """Delete the compiled kernels under a cache that were not used for so long, or all; (files, bytes) that went."""
+    limit = float("inf") if older_than_days is None else time.time() - older_than_days * 24 * 3600
+    found = [path for path in (cache_dir / KERNELS).glob("*.bin") if path.stat().st_mtime < limit]
+    freed = sum(path.stat().st_size for path in found)
+    for path in found:
+        path.unlink()
+    return len(found), freed
+
+
 def _refuse(problem: str | None) -> None:
     if problem is not None:
         raise BundleError(problem)
@@ -134,10 +147,14 @@ def _check_interface(path: Path, engine: Engine, record: EngineRecord) -> None:
 
 
 def _read(path: Path) -> bytes | None:
+    """The kernels, which are then marked as used now."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError:
         return None
+    with contextlib.suppress(OSError):  # a cache that is shared read only
+        os.utime(path)
+    return content
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -81,6 +81,14 @@ def test_what_cannot_be_built_is_refused(machine, gpu, asked, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_gpu_that_rtx_does_not_build_for(machine):
+    """An H100 with TensorRT-RTX alone: engines for it cannot be had, for others they can."""
+    machine((9, 0), "rtx")
+    with pytest.raises(OptionError, match=r"the GPU here \(9\.0\) is not TensorRT-RTX's; install tensorrt \(hypersd\["):
+        resolve()
+    assert resolve(capabilities=("8.9",))[0].capabilities == ("8.9",)
+
+
 def test_a_missing_library(machine):
     machine(None)
     with pytest.raises(MissingBackend, match=r"pip install 'hypersd\[tensorrt\]'"):

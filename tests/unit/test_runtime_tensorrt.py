@@ -1,7 +1,9 @@
 """Engine bundles on the device of NumPy memory: the very pictures of the ONNX runtime, and refusals in one line."""
 
 import json
+import os
 import shutil
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from hypersd_export.bundle.engines import EngineRecord
+from hypersd_export.cli import app
 from hypersd_export.errors import BundleError, MissingBackend, OptionError
 from hypersd_export.runtime import Pipeline, nvidia
 from hypersd_export.runtime.engine_graph import NotCaptured
-from hypersd_export.runtime.tensorrt import KERNELS, KernelsNotKept, TensorRTRuntime
+from hypersd_export.runtime.tensorrt import KERNELS, KernelsNotKept, TensorRTRuntime, prune_kernels
 from tests.bundles import CFG_PLANS, CHANNELS, HEIGHT, PLAIN_PLANS, TOKENS, WIDTH
 from tests.engine_bundles import make_engine_bundle, make_single_engine_bundle, reseal
 from tests.fake_device import FakeDevice
@@ -343,3 +347,17 @@ def test_no_notice_where_all_is_well(device: FakeDevice, bundle: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Pipeline.from_bundle(bundle).warm_up(2)
+
+
+def test_kernels_that_were_not_used_are_pruned(tmp_path: Path) -> None:
+    folder = tmp_path / "rtx-kernels"
+    folder.mkdir()
+    for name, age_days in (("unet-0.bin", 40), ("unet-1.bin", 1), ("notes.txt", 40)):
+        (folder / name).write_bytes(b"12345")
+        then = time.time() - age_days * 24 * 3600
+        os.utime(folder / name, (then, then))
+    assert prune_kernels(tmp_path / "none") == (0, 0)
+    assert prune_kernels(tmp_path, older_than_days=30) == (1, 5)
+    result = CliRunner().invoke(app, ["cache", "prune", "--cache-dir", str(tmp_path)])
+    assert "0 stages and 1 files of compiled kernels deleted, 0.0 MB freed" in result.stdout
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
