@@ -5,6 +5,7 @@ class and the line of a `HypersdError`, and ends with `INTERRUPTED` on Ctrl-C.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,3 +55,25 @@ def reported_error(found: Mapping[str, str]) -> HypersdError:
     plain one."""
     kind: type[HypersdError] = getattr(errors, found["kind"], HypersdError)
     return HypersdError(found["message"]) if kind is MissingBackend else kind(found["message"])
+
+
+def serve(work: Callable[[], Mapping[str, Any]], report: Path) -> int:
+    """In the worker: do the work and write its report, or the one line of a `HypersdError`; returns the exit code."""
+    try:
+        found: Mapping[str, Any] = work()
+    except HypersdError as error:
+        found = {"error": {"kind": type(error).__name__, "message": str(error)}}
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    report.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
+    return 0
+
+
+def why_died(what: str, code: int, log: str, *, way_out: str) -> str:
+    """One line on a worker that ended without a report: killed for its memory, or with its last words."""
+    if code == -signal.SIGKILL:
+        return f"{what}: its process was killed (out of memory?); free some memory, or build on a larger machine"
+    lines = log.strip().splitlines()
+    last = f": {lines[-1][:200]}" if lines else ""
+    ended = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+    return f"{what}: its process ended {ended}{last}; {way_out}"

@@ -6,7 +6,6 @@ graph's: networks are strongly typed. What cannot be known without a GPU is said
 """
 
 import json
-import signal
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from hypersd_export.errors import BuildError, BundleError, HypersdError, Missing
 from hypersd_export.targets import tensorrt_vendor as vendor
 from hypersd_export.targets.tensorrt_checks import Profile
 from hypersd_export.targets.tensorrt_worker import REPORT
-from hypersd_export.worker import reported_error, run_worker
+from hypersd_export.worker import reported_error, run_worker, why_died
 
 AUTO = "auto"
 DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
@@ -363,12 +362,8 @@ def _in_process_of_its_own(
 
 
 def _why(code: int, what: str, log: str) -> str:
-    if code == -signal.SIGKILL:
-        return f"{what}: its process was killed (out of memory?); free some memory, or build on a larger machine"
-    lines = [line for line in log.strip().splitlines() if "cudaError" not in line]
-    last = f": {lines[-1][:200]}" if lines else ""
-    ended = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-    return f"{what}: its process ended {ended}{last}; try --target onnx, and report this with the graph"
+    said = "\n".join(line for line in log.splitlines() if "cudaError" not in line)
+    return why_died(what, code, said, way_out="try --target onnx, and report this with the graph")
 
 
 def _error(found: Mapping[str, str]) -> HypersdError:

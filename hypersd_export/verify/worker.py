@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, philox_normal, start_sample
-from hypersd_export.errors import HypersdError
 from hypersd_export.graphs.spec import Component
 from hypersd_export.runtime.graph import Graph, Runtime, filled
 from hypersd_export.targets import Target
@@ -27,7 +26,7 @@ from hypersd_export.verify.gates import COMPONENT_DB, COREML_IMAGE_DB, IMAGE_DB,
 from hypersd_export.verify.golden import write_golden
 from hypersd_export.verify.request import VerifyRequest
 from hypersd_export.verify.source import Source, check_unchanged, open_source
-from hypersd_export.worker import INTERRUPTED
+from hypersd_export.worker import serve
 
 REPORT = "report.json"
 GATE_SEED = 20_24
@@ -312,14 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Read the request, write the report: what was found, or the one line of a `HypersdError`."""
     paths = sys.argv[1:] if arguments is None else arguments
     request = VerifyRequest.read(Path(paths[0]))
-    try:
-        report = verify(request, progress=lambda text: print(text, flush=True))
-    except HypersdError as error:
-        report = {"error": {"kind": type(error).__name__, "message": str(error)}}
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    (request.out / REPORT).write_text(json.dumps(report, allow_nan=False), encoding="utf-8")
-    return 0
+    return serve(lambda: verify(request, progress=lambda text: print(text, flush=True)), request.out / REPORT)
 
 
 if __name__ == "__main__":
