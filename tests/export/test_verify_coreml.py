@@ -1,7 +1,4 @@
-"""Core ML packages held against torch: components and picture through the interpreter, and what is spoilt is named.
-
-The packages are converted here by coremltools alone, so that the gates are tested without the target.
-"""
+"""Core ML packages held against torch: components and picture through the interpreter, and what is spoilt is named."""
 
 import shutil
 import struct
@@ -15,6 +12,7 @@ from hypersd_export.graphs.spec import Component, Shapes
 from hypersd_export.runtime.graph import Tensor, filled
 from hypersd_export.runtime.ports import Port, PortedGraph
 from hypersd_export.targets import Target
+from hypersd_export.targets.coreml import convert
 from hypersd_export.verify import worker
 from hypersd_export.verify.coreml import InterpretedGraph, InterpretedRuntime
 from hypersd_export.verify.gates import COMPONENT_DB
@@ -23,13 +21,12 @@ from hypersd_export.verify.request import VerifyRequest
 from hypersd_export.verify.source import SourceRequest, open_source
 from tests.mil_programs import save_program
 
-ct = pytest.importorskip("coremltools")
 mb = pytest.importorskip("coremltools.converters.mil").Builder
 
 
 @pytest.fixture(scope="module")
 def packages(tiny_base, exported, tmp_path_factory):
-    """A folder of fp16 packages of the tiny pipeline's components, by our own names."""
+    """A folder of fp16 packages of the tiny pipeline's components."""
     import torch
 
     folder = tmp_path_factory.mktemp("packages")
@@ -37,16 +34,8 @@ def packages(tiny_base, exported, tmp_path_factory):
     shapes = Shapes(**exported.manifest.options["shapes"])
     for component in Component:
         module, _ = source.load(component.source, torch.float32)
-        graph = build_graph(component, module, shapes)
-        inputs = {name: value.reshape(1) if value.ndim == 0 else value for name, value in graph.inputs.items()}
-        program = torch.export.export(graph.module, tuple(inputs.values())).run_decompositions({})
-        for node in list(program.graph.nodes):
-            if node.target is torch.ops.aten.alias.default:  # Core ML has no such op
-                node.replace_all_uses_with(node.args[0])
-                program.graph.erase_node(node)
-        outputs = [ct.TensorType(name=name, dtype=np.float32) for name in graph.output_names]
-        model = ct.convert(program, outputs=outputs, minimum_deployment_target=ct.target.iOS17, skip_model_load=True)
-        model.save(str(folder / f"{component}.mlpackage"))
+        graph = convert.plain(build_graph(component, module, shapes))
+        convert.build(graph, folder / f"{component}.mlpackage", precision="fp16", deployment_target="iOS17")
     return folder
 
 
