@@ -157,7 +157,7 @@ def _kept(target: Mapping[str, Any]) -> str:
     """Which ops of an fp16 target are computed in float32, by component; "" where none is, or nothing is in fp16."""
     counts = {name: len(nodes) for name, nodes in target.get("fp32_nodes", {}).items() if nodes}
     return ", ".join(f"{count} of the ops of {name}" for name, count in counts.items()) + (
-        ", whose values the range scan found beyond fp16's; their names are in `manifest.json`" if counts else ""
+        ", which the range scan found too large for fp16; their names are in `manifest.json`" if counts else ""
     )
 
 

@@ -49,7 +49,7 @@ def test_engines_instead_of_onnx_files() -> None:
         "pip install 'hypersd[tensorrt]'", "TensorRT-RTX 1.7.1.116 and GPUs of compute capability 8.6, 8.9;",
         "| unet | `unet/unet.rtx-1.7.engine` | 29.8 |",
         "tensorrt: precision fp16, opset 20, flavour rtx, weights full |",
-        "| In float32 | 3 of the ops of vae_encoder, whose values", "- tensorrt\n",
+        "| In float32 | 3 of the ops of vae_encoder, which the range scan found", "- tensorrt\n",
     ):  # fmt: skip
         assert part in text, part
     for part in ("optimum", "- onnx\n", "ORTStable", "\n\n\n"):
