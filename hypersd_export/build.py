@@ -74,7 +74,7 @@ class Workshop:
     def __init__(self, job: Job, clock: Clock) -> None:
         self.job, self.clock = job, clock
         self._onnx: dict[str, OnnxGraphs] = {}
-        self._check_loras = functools.cache(job.source.check_loras)  # once, before anything is built for nothing
+        self.check_loras = functools.cache(job.source.check_loras)  # once, before anything is built for nothing
 
     def build(self, target: Target) -> Built:
         """Everything of one target."""
@@ -103,7 +103,7 @@ class Workshop:
 
     def _components(self, precision: str) -> dict[Component, Stage]:
         def build(component: Component, folder: Path) -> None:
-            self._check_loras()
+            self.check_loras()
             build_component(self.job, component, precision, folder)
             gc.collect()  # exported programs are full of cycles, and the next component needs the room
 
@@ -163,7 +163,7 @@ def build_component(job: Job, component: Component, precision: str, folder: Path
     """Load → fuse → graph → ONNX, for one component, into `folder`; build.json there says how it went."""
     import torch
 
-    from hypersd_export.graphs.components import build_graph
+    from hypersd_export.graphs.components import build_graph, component_config
     from hypersd_export.targets import onnx, onnx_fp16
 
     half = precision == "fp16"
@@ -173,7 +173,7 @@ def build_component(job: Job, component: Component, precision: str, folder: Path
     if half:
         onnx_fp16.check_weights(module.half(), component)
     guidance = job.embedded_guidance if component is Component.UNET else None
-    config = component_config(job, component, module)
+    config = component_config(component, module, job.shapes)
     graph = build_graph(component, module, job.shapes, embedded_guidance=guidance)
     build = onnx_fp16.build if half else onnx.build
     built = build(graph, folder, opset=job.spec.opset)
@@ -210,20 +210,6 @@ def _drawing(job: Job, scratch: Path) -> Drawing:
         scaling_factor=wiring.scaling_factor,
         shift_factor=wiring.shift_factor,
     )
-
-
-def component_config(job: Job, component: Component, module: Any) -> dict[str, Any]:
-    """The component's config.json with every default explicit, without local paths; the UNet's with this size."""
-    if component is Component.TEXT_ENCODER:
-        text = module.config.to_json_string(use_diff=False)
-    else:
-        text = module.to_json_string()
-    config: dict[str, Any] = json.loads(text)
-    config.pop("_name_or_path", None)
-    if component is Component.UNET:
-        height, width = job.shapes.latent_height, job.shapes.latent_width
-        config["sample_size"] = height if height == width else [height, width]
-    return config
 
 
 def onnx_target(workshop: Workshop) -> Built:
@@ -271,6 +257,13 @@ def tensorrt_target(workshop: Workshop) -> Built:
     return build(workshop)
 
 
+def coreml_target(workshop: Workshop) -> Built:
+    """Core ML: see `hypersd_export.build_coreml`."""
+    from hypersd_export.build_coreml import coreml_target as build
+
+    return build(workshop)
+
+
 def build_notes(stage: Stage) -> dict[str, Any]:
     """What a stage's build.json says."""
     notes: dict[str, Any] = json.loads((stage.path / "build.json").read_text(encoding="utf-8"))
@@ -284,4 +277,5 @@ def _write_json(path: Path, value: Any) -> None:
 BUILDERS: Mapping[Target, Callable[[Workshop], Built]] = {
     Target.ONNX: onnx_target,
     Target.TENSORRT: tensorrt_target,
+    Target.COREML: coreml_target,
 }

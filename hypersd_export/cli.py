@@ -61,6 +61,21 @@ def export_command(
     ] = None,
     weights: Annotated[str, typer.Option(help="Of TensorRT engines: full, stripped or refit.")] = "full",
     trt_level: Annotated[int, typer.Option(help="TensorRT's builder optimisation level, 0 to 5.")] = 3,
+    deployment_target: Annotated[
+        str, typer.Option(help="Of Core ML packages: iOS16, iOS17, iOS18, macOS13, macOS14 or macOS15.")
+    ] = "iOS17",
+    attention: Annotated[
+        str, typer.Option(help="Of Core ML's UNet: original, split-einsum or split-einsum-v2.")
+    ] = "original",
+    palettize: Annotated[int | None, typer.Option(help="Bits a weight of Core ML packages: 8, 6, 4, 3 or 2.")] = None,
+    chunk_unet: Annotated[bool, typer.Option("--chunk-unet", help="Core ML's UNet as two packages.")] = False,
+    compute_units: Annotated[
+        str, typer.Option(help="What Core ML may use: all, cpu-only, cpu-and-gpu or cpu-and-ne.")
+    ] = "all",
+    layout: Annotated[str, typer.Option(help="Of Core ML packages: plain, or apple (for Apple's runtime).")] = "plain",
+    allow_approximate_schedule: Annotated[
+        bool, typer.Option("--allow-approximate-schedule", help="Let Apple's runtime play a plan that is only near.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("bundle"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
     cache_dir: CacheDir = None,
@@ -73,6 +88,7 @@ def export_command(
         return
     with one_line_errors(out, cache_dir):
         from hypersd_export.spec import (
+            CoreMLFlags,
             EngineFlags,
             ExportSpec,
             PlanFlags,
@@ -111,6 +127,15 @@ def export_command(
                 capabilities=parse_capabilities(compute_capability),
                 weights=weights,
                 level=trt_level,
+            ),
+            coreml=CoreMLFlags(
+                deployment_target=deployment_target,
+                attention=attention,
+                palettize=palettize,
+                chunk_unet=chunk_unet,
+                compute_units=compute_units,
+                layout=layout,
+                approximate=allow_approximate_schedule,
             ),
             out=out,
             overwrite=overwrite,

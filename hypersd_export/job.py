@@ -211,11 +211,16 @@ def open_job(spec: ExportSpec) -> Job:
 
 def check_backends(spec: ExportSpec) -> None:
     """`MissingBackend` naming the extra, before anything is opened; the provider too, if it will be verified on."""
-    needed = NEEDED + (("onnx", "onnxscript") if {Target.ONNX, Target.TENSORRT} & set(spec.targets) else ())
+    from_onnx = bool({Target.ONNX, Target.TENSORRT} & set(spec.targets))
+    needed = NEEDED + (("onnx", "onnxscript") if from_onnx else ())
     for package in needed:
         if importlib.util.find_spec(package) is None:
             raise MissingBackend(package, "export", "hypersd-export")
-    if spec.verify:
+    if Target.COREML in spec.targets:
+        from hypersd_export.targets.coreml import vendor
+
+        vendor.version()
+    if spec.verify and from_onnx:
         from hypersd_export.runtime.onnx import resolve_provider
 
         resolve_provider(spec.provider)

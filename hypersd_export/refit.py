@@ -11,7 +11,7 @@ from typing import Any
 
 from hypersd_export.bundle.manifest import Manifest, read_manifest
 from hypersd_export.errors import BundleError, OptionError
-from hypersd_export.spec import EngineFlags, ExportSpec, PlanFlags
+from hypersd_export.spec import CoreMLFlags, EngineFlags, ExportSpec, PlanFlags
 from hypersd_export.targets import PRECISIONS, Target
 
 
@@ -77,6 +77,8 @@ def _options(manifest: Manifest) -> dict[str, Any]:
     }
     if Target.TENSORRT in targets:
         found["engines"] = _engine_flags(manifest.targets[Target.TENSORRT.value])
+    if Target.COREML in targets:
+        found["coreml"] = CoreMLFlags(**options["coreml"])
     return found
 
 

@@ -45,6 +45,20 @@ class EngineFlags:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CoreMLFlags:
+    """The options of Core ML packages; see `targets.coreml` for the choices. `palettize` is bits a weight, None for no
+    palettes; `approximate` lets Apple's runtime play a schedule that is only near the plan's."""
+
+    deployment_target: str = "iOS17"
+    attention: str = "original"
+    palettize: int | None = None
+    chunk_unet: bool = False
+    compute_units: str = "all"
+    layout: str = "plain"
+    approximate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportSpec:
     """Every option of `hypersd-export`, parsed. `loras` None means the base's own default, () means none.
 
@@ -67,6 +81,7 @@ class ExportSpec:
     unroll: bool = False
     opset: int = 20
     engines: EngineFlags = dataclasses.field(default_factory=EngineFlags)
+    coreml: CoreMLFlags = dataclasses.field(default_factory=CoreMLFlags)
     out: Path = Path(DEFAULT_OUT)
     overwrite: bool = False
     cache_dir: Path | None = None
@@ -97,6 +112,13 @@ class ExportSpec:
                 "--trt-flavour, --compute-capability, --weights and --trt-level are about --target tensorrt: "
                 "add it, or leave them away"
             )
+        if Target.COREML in self.targets:
+            _check_coreml(self)
+        elif self.coreml != CoreMLFlags():
+            raise OptionError(
+                "--deployment-target, --attention, --palettize, --chunk-unet, --compute-units, --layout and "
+                "--allow-approximate-schedule are about --target coreml: add it, or leave them away"
+            )
         for target in self.targets:
             precision_of(target, self.precision)
 
@@ -112,6 +134,19 @@ class ExportSpec:
         values["cache_dir"] = None if self.cache_dir is None else str(self.cache_dir)
         values["targets"] = [target.value for target in self.targets]
         return values
+
+
+def _check_coreml(spec: ExportSpec) -> None:
+    from hypersd_export.targets import coreml
+
+    flags = spec.coreml
+    coreml.check_options(
+        deployment_target=flags.deployment_target, attention=flags.attention, palettize=flags.palettize,
+        chunk_unet=flags.chunk_unet, compute_units=flags.compute_units, layout=flags.layout,
+        single_graph=spec.single_graph, batch=spec.batch,
+    )  # fmt: skip
+    if flags.approximate and flags.layout != "apple":
+        raise OptionError("--allow-approximate-schedule: it is about --layout apple; give both, or leave it away")
 
 
 def _check_plan_flags(plan: PlanFlags) -> None:

@@ -11,6 +11,7 @@ The names are those of optimum-onnx's exporters (`optimum/exporters/onnx/model_c
 This file owns its torch import.
 """
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -97,6 +98,20 @@ def guidance_embedding(scale: float, width: int) -> torch.Tensor:
     angles = torch.tensor([(scale - 1) * 1000.0], dtype=torch.float32)[:, None] * frequencies[None, :]
     embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
     return torch.nn.functional.pad(embedding, (0, width % 2))
+
+
+def component_config(component: Component, module: Module, shapes: Shapes) -> dict[str, Any]:
+    """The component's config.json with every default explicit, without local paths; the UNet's with this size."""
+    if component is Component.TEXT_ENCODER:
+        text = module.config.to_json_string(use_diff=False)
+    else:
+        text = module.to_json_string()
+    config: dict[str, Any] = json.loads(text)
+    config.pop("_name_or_path", None)
+    if component is Component.UNET:
+        height, width = shapes.latent_height, shapes.latent_width
+        config["sample_size"] = height if height == width else [height, width]
+    return config
 
 
 def check_unet(unet: Module, embedded_guidance: float | None) -> None:

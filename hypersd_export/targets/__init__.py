@@ -1,6 +1,6 @@
 """What a pipeline can be exported to: one module a target, one verb `build`, vendor imports inside.
 
-This module imports nothing heavy: it names the targets and refuses those that are not built yet.
+This module imports nothing heavy: it names the targets.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,10 @@ class Target(StrEnum):
     COREML = "coreml"
 
 
-AVAILABLE = frozenset({Target.ONNX, Target.TENSORRT})
 PRECISIONS: Mapping[Target, tuple[str, ...]] = {
     Target.ONNX: ("fp32", "fp16"),
     Target.TENSORRT: ("fp16",),
-    Target.COREML: ("fp16",),
+    Target.COREML: ("fp16", "fp32"),
 }
 """What the weights and the arithmetic of each target can be; the first is its default."""
 
@@ -40,7 +39,7 @@ def precision_of(target: Target, asked: str | None) -> str:
 def resolve_targets(names: tuple[str, ...]) -> tuple[Target, ...]:
     """Targets from the command line's names, in the order given and without repetition; `all` means every one.
 
-    Raises `OptionError` for an unknown name and for a target that is not built yet.
+    Raises `OptionError` for an unknown name.
     """
     targets: list[Target] = []
     for name in names:
@@ -50,7 +49,4 @@ def resolve_targets(names: tuple[str, ...]) -> tuple[Target, ...]:
             targets.append(Target(name))
         else:
             raise OptionError(f"--target {name}: unknown, choose from {', '.join(Target)} and all")
-    unavailable = [target.value for target in dict.fromkeys(targets) if target not in AVAILABLE]
-    if unavailable:
-        raise OptionError(f"--target {', '.join(unavailable)}: not built yet, use --target onnx")
     return tuple(dict.fromkeys(targets))

@@ -52,8 +52,9 @@ def weights(base, component="unet"):
     ("arguments", "message"),
     [
         (["--target", "onx"], "--target onx: unknown, choose from onnx, tensorrt, coreml and all"),
-        (["--target", "coreml"], "--target coreml: not built yet"),
-        (["--target", "all"], "--target coreml: not built yet"),
+        (["--target", "coreml", "--deployment-target", "iOS15"], "--deployment-target iOS15: choose iOS16, iOS17, iOS"),
+        (["--target", "all", "--palettize", "3"], "--palettize 3: iOS17 stores 8, 6, 4, 2 bits a weight (iOS18"),
+        (["--layout", "apple"], "--layout and --allow-approximate-schedule are about --target coreml: add it"),
         (["--steps", "0"], "--steps 0: a plan has from 1 to 1000 steps"),
         (["--steps", "-1"], "--steps -1: a plan has from 1 to 1000 steps"),
         (["--steps", "1001"], "--steps 1001: a plan has from 1 to 1000 steps"),

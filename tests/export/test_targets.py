@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from hypersd_export import build, targets
+from hypersd_export import build
 from hypersd_export.build import Built
 from hypersd_export.bundle.manifest import verify_files
 from hypersd_export.export import VERIFY, export
@@ -29,9 +29,9 @@ def engines(monkeypatch):
 
             stage = workshop.stage(f"tensorrt-{component}", {"onnx": onnx.key}, write)
             files[f"{component}/model.engine"] = stage.path / "model.engine"
-        return Built(target=Target.TENSORRT, precision="fp16", files=files, record={"precision": "fp16"}, onnx=graphs)
+        record = {"precision": "fp16", "flavour": "rtx", "version": "1", "capabilities": [], "engines": {}}
+        return Built(target=Target.TENSORRT, precision="fp16", files=files, record=record, onnx=graphs)
 
-    monkeypatch.setattr(targets, "AVAILABLE", frozenset({Target.ONNX, Target.TENSORRT}))
     monkeypatch.setattr(build, "BUILDERS", {**build.BUILDERS, Target.TENSORRT: engine_target})
 
 
