@@ -98,6 +98,17 @@ def score(
     distill("score", recipe, base, data, [*given, *(assignments or [])], out, resume, dry_run)
 
 
+@app.command()
+def feedback(
+    init_lora: Annotated[Path | None, typer.Option(help="The few-step LoRA that the new one stands on.")] = None,
+    recipe: _Recipe = "builtin", base: _Base = "", data: _Data = "", assignments: _Set = None, out: _Out = None,
+    resume: _Resume = "latest", dry_run: _DryRun = False,
+) -> None:  # fmt: skip
+    """Human feedback: a LoRA on top of a few-step LoRA, whose pictures the rewards prefer; `merge` joins the two."""
+    given = [] if init_lora is None else [f"init_lora={init_lora}"]
+    distill("feedback", recipe, base, data, [*given, *(assignments or [])], out, resume, dry_run)
+
+
 def _distill_config(method: str, recipe: str, base: str, data: str, assignments: list[str]) -> "DistillConfig":
     """The recipe by this method, then --set, then --base and --data."""
     from dataclasses import replace

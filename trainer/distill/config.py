@@ -8,7 +8,9 @@ from enum import StrEnum
 
 from hypersd_export.diffusion import segment_length
 from hypersd_export.errors import OptionError
+from trainer.distill.feedback_config import FeedbackConfig
 from trainer.losses.tscd import Boundary, Distance, End
+from trainer.rewards.registry import Kind, RewardConfig
 
 
 class Teacher(StrEnum):
@@ -151,6 +153,8 @@ class DataConfig:
 
 SCORE = "score"
 """The method that matches distributions and not trajectories; it has a command of its own."""
+FEEDBACK = "feedback"
+"""The method that follows rewards, with a LoRA on top of the one that it starts from; it has a command too."""
 CHOICES = {
     "optimizer": ("adamw", "adamw8bit"),
     "mixed_precision": ("no", "fp16", "bf16"),
@@ -162,7 +166,8 @@ CHOICES = {
 class DistillConfig:
     """Everything that decides a distillation.
 
-    init_lora: a LoRA file that the student starts from, as an earlier stage's; its updates count as this run's.
+    init_lora: a LoRA file that the student starts from, as an earlier stage's; its updates count as this run's. For
+    method "feedback" it stays as it is, and the student is a LoRA of its own on top of it.
     edge_share: probability that a jump with a random end goes to its segment's edge instead (ours; paper: 0).
     guidance: range that w is drawn from, in the convention u + w(c − u); baked in by the teacher's step (paper: yes,
     range not disclosed). cfg_preserved: the teacher's step is conditional only and `empty_prompts` of the captions are
@@ -190,6 +195,7 @@ class DistillConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
     batch: int = 64
     micro_batch: int = 0
     mixed_precision: str = "bf16"
@@ -228,11 +234,19 @@ class DistillConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
+        self._check_stages()
+
+    def _check_stages(self) -> None:
         if not self.stages:
             raise OptionError("stages: a distillation needs at least one")
-        if self.method == SCORE and any(s.w_adv or s.segments > 1 or s.teacher is not Teacher.ORIGINAL
-                                        for s in self.stages):  # fmt: skip
-            raise OptionError(f"method {SCORE}: its stages have segments 1, w_adv 0 and the original teacher")
+        if self.method in (SCORE, FEEDBACK) and any(s.w_adv or s.segments > 1 or s.teacher is not Teacher.ORIGINAL
+                                                    for s in self.stages):  # fmt: skip
+            raise OptionError(f"method {self.method}: its stages have segments 1, w_adv 0 and the original teacher")
+        if self.method == FEEDBACK and (len(self.stages) > 1 or not self.feedback.rewards):
+            raise OptionError(
+                f"method {FEEDBACK}: {len(self.stages)} stages, {len(self.feedback.rewards)} rewards: it has one stage "
+                "and needs a reward"
+            )
         if self.stages[0].teacher is not Teacher.ORIGINAL and not self.init_lora:
             raise OptionError("stages.0.teacher previous: there is none; set it to original, or set init_lora")
 
@@ -264,6 +278,9 @@ def with_method(config: DistillConfig, method: str) -> DistillConfig:
         return replace(config, method=method)
     if method == SCORE:  # ours: a fifth of the rate, as the student has been trained; every step trains the fake score
         return replace(config, method=method, stages=(replace(one, lr=lr / 5),))
+    if method == FEEDBACK:  # ours: the first stage's rate for a fifth of the updates; the decoder's gradient needs room
+        few = max(1, config.micro_batch // 4) if config.micro_batch else 0
+        return replace(config, method=method, stages=(replace(one, steps=total // 5),), micro_batch=few)
     config = replace(config, edge_share=0.0)  # ours, and TSCD's alone
     if method == "tcd":
         return replace(config, method=method, stages=(one,), distance=Distance.HUBER)
@@ -275,7 +292,7 @@ def with_method(config: DistillConfig, method: str) -> DistillConfig:
     if method == "pcm":
         four = replace(one, segments=4, points=points.get(4, 40))
         return replace(config, method=method, stages=(four,), distance=Distance.HUBER, end=End.EDGE)
-    raise OptionError(f"--method {method!r} is not a method; there are: {', '.join((*METHODS, SCORE))}")
+    raise OptionError(f"--method {method!r} is not a method; there are: {', '.join((*METHODS, SCORE, FEEDBACK))}")
 
 
 def builtin() -> DistillConfig:
@@ -286,19 +303,27 @@ def builtin() -> DistillConfig:
     far better than the squared error. No adversarial loss: `adversarial` are the critic's settings in its trials."""
     stages = tscd_stages((100, 100, 200, 600), 5e-4, points=(16, 16, 8, 8), mse=(1.0,) * 4, adv=(0.0,) * 4)
     critic = AdversarialConfig(backend=Backend.FROZEN, real=Real.DATA, reach=0.1, lr=2e-3)
+    feedback = FeedbackConfig(
+        rewards=(RewardConfig(kind=Kind.CLIP, weight=0.1, target=80.0), RewardConfig(kind=Kind.PREFERENCE))
+    )
     return DistillConfig(
         method="tscd", stages=stages, distance=Distance.HUBER, edge_share=1.0, lora=LoraConfig(rank=32, alpha=32.0),
-        adversarial=critic, score=ScoreConfig(student_every=2, lr=4e-4, pairs=2048), batch=32,
+        adversarial=critic, score=ScoreConfig(student_every=2, lr=4e-4, pairs=2048), feedback=feedback, batch=32,
         weight_decay=0.0, warmup=20, cooldown=0.5, validate_every=200,
     )  # fmt: skip
 
 
 def sd15() -> DistillConfig:
-    """Stable Diffusion 1.5 at 512 px: batch 512 and lr 1e-6 are the paper's; guidance near PCM's 4-5, plus one."""
+    """Stable Diffusion 1.5 at 512 px: batch 512 and lr 1e-6 are the paper's; guidance near PCM's 4-5, plus one.
+
+    Feedback: LAION's aesthetic predictor and ImageReward with equal weights are the paper's, ImageReward's target is
+    ReFL's, the other one ours (the paper discloses neither). Their files have to be named (`feedback.rewards.0.model`).
+    """
+    rewards = RewardConfig(kind=Kind.AESTHETIC, target=6.5), RewardConfig(kind=Kind.IMAGE_REWARD, target=2.0)
     return DistillConfig(
         method="tscd", base="stable-diffusion-v1-5/stable-diffusion-v1-5", stages=tscd_stages((5000,) * 4, 1e-6),
         data=DataConfig(source=""), guidance=(5.0, 9.0), batch=512, micro_batch=16, mixed_precision="fp16",
-        base_precision="fp16", gradient_checkpointing=True, offset_noise=0.05,
+        base_precision="fp16", gradient_checkpointing=True, offset_noise=0.05, feedback=FeedbackConfig(rewards=rewards),
     )  # fmt: skip
 
 

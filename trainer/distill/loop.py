@@ -19,11 +19,15 @@ from hypersd_export.errors import DataError, HypersdError
 from hypersd_export.model.files import write_tensors
 from trainer.batch import Batch, Source
 from trainer.distill.engine import Engine
+from trainer.distill.feedback import FeedbackDraws, FeedbackStep
 from trainer.distill.networks import Role
 from trainer.distill.score import ScoreDraws, ScoreStep
 from trainer.distill.snapshot import writing
 from trainer.distill.step import DistillStep, Draws
 from trainer.losses.tscd import Boundary
+
+Step = DistillStep | ScoreStep | FeedbackStep
+AnyDraws = Draws | ScoreDraws | FeedbackDraws
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,8 @@ class StageLoop:
     """The loop of one stage: `number` from 1; `offset` student steps lie behind it; `out` is the run's folder."""
 
     def __init__(
-        self, engine: Engine, step: DistillStep | ScoreStep, source: Source, *, number: int, offset: int, out: Path
-    ) -> None:
+        self, engine: Engine, step: Step, source: Source, *, number: int, offset: int, out: Path
+    ) -> None:  # fmt: skip
         self.engine, self.step, self.source = engine, step, source
         self.number, self.offset, self.out = number, offset, out
 
@@ -78,7 +82,7 @@ class StageLoop:
             logs = {**{n: v for n, v in logs.items() if math.isfinite(v)}, "overflow": 1.0}
         engine.update(student=draws.student)
         if draws.student:
-            step.networks.update_target(engine.config.ema_decay)
+            step.updated()
         return logs
 
     def _micro(self, index: int, rows: slice, draws: Any) -> dict[str, torch.Tensor]:
@@ -123,7 +127,7 @@ class StageLoop:
         begin = (self.offset + index) * self.engine.config.batch
         return range(begin + rows.start, begin + rows.stop)
 
-    def _stop(self, index: int, draws: Draws | ScoreDraws, logs: dict[str, float]) -> str:
+    def _stop(self, index: int, draws: AnyDraws, logs: dict[str, float]) -> str:
         """Save the global batch of a bad step (main process) and say what happened, in one line."""
         path = self.out / "bad" / f"stage{self.number}-step{index:06d}.safetensors"
         figures = ", ".join(f"{name} {value:g}" for name, value in logs.items())
@@ -137,7 +141,7 @@ class StageLoop:
             f"{where}; nothing was updated, and its batch is in {path}; look at its names, or lower the learning rate"
         )
 
-    def _save_batch(self, path: Path, index: int, draws: Draws | ScoreDraws, logs: dict[str, float]) -> None:
+    def _save_batch(self, path: Path, index: int, draws: AnyDraws, logs: dict[str, float]) -> None:
         batch = self.source.batch(self._positions(index, slice(0, self.engine.config.batch)))
         tensors = {"latents": batch.latents, **draws.tensors()}
         metadata = {

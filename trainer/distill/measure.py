@@ -25,6 +25,7 @@ from trainer.batch import Conditioning
 from trainer.discriminator import Discriminator
 from trainer.distill.config import Backend, DistillConfig
 from trainer.distill.networks import Networks, Role
+from trainer.distill.validate import decode
 
 LOW = {F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.bmm}
 HIGH = {F.group_norm, F.layer_norm}
@@ -124,12 +125,19 @@ class Precision(TorchFunctionMode):
 
 
 class Rehearsal:
-    """The networks of a distillation on the meta device, and the passes of a step on them."""
+    """The networks of a distillation on the meta device, and the passes of a step on them.
 
-    def __init__(self, unet_config: Mapping[str, Any], config: DistillConfig, dtype: torch.dtype) -> None:
+    vae_config: of a VAE through which the student's prediction is decoded with gradient, in float32; None without one.
+    """
+
+    def __init__(
+        self, unet_config: Mapping[str, Any], config: DistillConfig, dtype: torch.dtype,
+        vae_config: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         with torch.device("meta"):
-            self.unet = _unet(unet_config, dtype)
+            self.unet = _made("UNet2DConditionModel", unet_config, dtype)
+            self.vae = None if vae_config is None else _made("AutoencoderKL", vae_config, torch.float32)
             # its adapters are made of meta tensors only here, so nothing is drawn
             self.networks = Networks.build(
                 self.unet, config.lora, alphas_cumprod=torch.ones(1, dtype=torch.float64, device="cpu"),
@@ -145,6 +153,8 @@ class Rehearsal:
             self.unet.enable_gradient_checkpointing(_checkpoint_with(policy))
             if self.critic is not None:
                 self.critic.encoder.enable_gradient_checkpointing(_checkpoint_with(policy))
+            if self.vae is not None:
+                self.vae.requires_grad_(False).enable_gradient_checkpointing(_checkpoint_with(policy))
         x, t, conditioning = _inputs(shapes, rows)
         for parameter in self._trained():
             parameter.grad = torch.empty_like(parameter)  # as in all micro-batches but the first
@@ -162,7 +172,8 @@ class Rehearsal:
     @contextmanager
     def _watch(self, policy: Precision) -> Iterator[Live]:
         critic = [] if self.critic is None else [*self.critic.parameters(), *self.critic.buffers()]
-        weights = [*self.unet.parameters(), *self.unet.buffers(), *critic]
+        vae = [] if self.vae is None else [*self.vae.parameters()]
+        weights = [*self.unet.parameters(), *self.unet.buffers(), *critic, *vae]
         with Live([*weights, *(w.grad for w in weights if w.grad is not None)]) as live, policy, _autocast(policy):
             yield live
 
@@ -177,7 +188,7 @@ class Rehearsal:
         """Forward and backward, through the discriminator where there is one."""
         with self._watch(policy) as live:
             out = self.networks.student(x, t, conditioning)
-            loss = out.square().mean()
+            loss = (out if self.vae is None else decode(self.vae, out)).square().mean()
             if self.critic is not None:
                 self.critic.learn(False)
                 loss = loss + sum(logits.mean() for logits in self._judge(out, t, conditioning, x))
@@ -207,12 +218,13 @@ class Rehearsal:
         )
 
 
-def _unet(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    from diffusers import UNet2DConditionModel
+def _made(name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A diffusers model of this class and config."""
+    import diffusers
 
-    known = {name: value for name, value in config.items() if not name.startswith("_")}
-    unet = UNet2DConditionModel(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
-    return nn.Module.to(unet, dtype)  # diffusers' own `to` warns of parts that a UNet does not have
+    known = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key[0] != "_"}
+    model = getattr(diffusers, name)(**known)
+    return nn.Module.to(model, dtype)  # diffusers' own `to` warns of parts that a UNet does not have
 
 
 def _inputs(shapes: Shapes, rows: int) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:

@@ -6,20 +6,27 @@ the UNet for any other.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hypersd_export.diffusion import target_range
+from hypersd_export.model.lora import read_lora
 from trainer.config import as_json
-from trainer.distill.config import SCORE, Backend, DistillConfig, Real, StageConfig, Teacher
+from trainer.distill.config import FEEDBACK, SCORE, Backend, DistillConfig, Real, StageConfig, Teacher
 from trainer.distill.engine import DTYPES, Share
+from trainer.distill.feedback import span_of
+from trainer.distill.lora_file import plans_of
 from trainer.distill.measure import Rehearsal, Shapes
 from trainer.losses.tscd import Boundary, End
 
 GPUS = 8
+NOT_COUNTED = {
+    SCORE: "the teacher's pass, which runs while the student's activations wait, is not counted",
+    FEEDBACK: "the decoder is counted, the LoRA below as one of the same rank; the rewards are not",
+}
 WRAPPED = ("BasicTransformerBlock", "ResnetBlock2D")
 """FSDP's units, as trainer/accelerate/fsdp.yaml names them."""
 KNOWN = Path(__file__).with_name("known_unets.json")
@@ -35,7 +42,8 @@ METHOD = (
 def dry_run(config: DistillConfig) -> dict[str, Any]:
     """Everything that `--dry-run` prints; ModelError if the base's UNet config cannot be had."""
     unet_config, shapes, known = unet_of(config)
-    rehearsal = Rehearsal(unet_config, config, DTYPES[config.base_precision])
+    vae_config = vae_of(config) if config.method == FEEDBACK else None
+    rehearsal = Rehearsal(unet_config, config, DTYPES[config.base_precision], vae_config)
     return {
         "config": as_json(config),
         "unet": known,
@@ -47,10 +55,9 @@ def dry_run(config: DistillConfig) -> dict[str, Any]:
 
 def unet_of(config: DistillConfig) -> tuple[Mapping[str, Any], Shapes, str]:
     """(config of the UNet, what goes in, where that is known from)."""
-    for entry in json.loads(KNOWN.read_text(encoding="utf-8")).values():
-        if config.base in entry["names"]:
-            unet, text, factor, source = entry["unet"], entry["text"], VAE_FACTOR, f"published: {entry['source']}"
-            break
+    entry = _published(config.base)
+    if entry is not None:
+        unet, text, factor, source = entry["unet"], entry["text"], VAE_FACTOR, f"published: {entry['source']}"
     else:
         from trainer.base import open_training_base
 
@@ -69,6 +76,21 @@ def unet_of(config: DistillConfig) -> tuple[Mapping[str, Any], Shapes, str]:
     return unet, shapes, source
 
 
+def vae_of(config: DistillConfig) -> Mapping[str, Any]:
+    """The config of the VAE, from where the UNet's is."""
+    entry = _published(config.base)
+    if entry is not None:
+        return dict(entry["vae"])
+    from trainer.base import open_training_base
+
+    return open_training_base(config.base).model.vae_config
+
+
+def _published(base: str) -> dict[str, Any] | None:
+    entries: Iterable[dict[str, Any]] = json.loads(KNOWN.read_text(encoding="utf-8")).values()
+    return next((entry for entry in entries if base in entry["names"]), None)
+
+
 def parameters(rehearsal: Rehearsal) -> dict[str, int]:
     """Counts; the LoRA is that of one adapter, of which there are three (student, target, teacher)."""
     lora = _count(rehearsal.networks.student_parameters())
@@ -81,14 +103,16 @@ def parameters(rehearsal: Rehearsal) -> dict[str, int]:
     }
 
 
-def passes(config: DistillConfig, stage: StageConfig) -> dict[str, float | int]:
+def passes(config: DistillConfig, stage: StageConfig) -> dict[str, float | int | None]:
     """UNet passes that a step takes for every sample of the batch (a discriminator's is about half of one)."""
     plain = stage.teacher is Teacher.PREVIOUS or config.cfg_preserved or config.guidance == (1.0, 1.0)
     teacher = 1 if plain else 2
     settings = config.adversarial
     if config.method == SCORE:
         return _score_passes(config, teacher)
-    found: dict[str, float | int] = {
+    if config.method == FEEDBACK:
+        return _feedback_passes(config)
+    found: dict[str, float | int | None] = {
         "segments": stage.segments, "student_forward": 1, "student_backward": 1,
         "student_recomputed": int(config.gradient_checkpointing), "teacher": teacher,
         "target": round(target_share(config, stage), 4),
@@ -105,7 +129,7 @@ def passes(config: DistillConfig, stage: StageConfig) -> dict[str, float | int]:
     return found
 
 
-def _score_passes(config: DistillConfig, teacher: int) -> dict[str, float | int]:
+def _score_passes(config: DistillConfig, teacher: int) -> dict[str, float | int | None]:
     """A step of score distillation, the student's part of it as a mean over the steps in which it learns and not."""
     learns = 1 / config.score.student_every
     played = sum((count - 1) / 2 for count in config.score.steps) / len(config.score.steps)
@@ -115,6 +139,22 @@ def _score_passes(config: DistillConfig, teacher: int) -> dict[str, float | int]
         "student_forward": 1, "student_backward": learns, "student_played": round(played, 4),
         "student_recomputed": learns * config.gradient_checkpointing, "teacher": teacher * learns,
         "fake_forward": 1 + learns, "fake_backward": 1, "fake_recomputed": int(config.gradient_checkpointing),
+    }  # fmt: skip
+
+
+def _feedback_passes(config: DistillConfig) -> dict[str, float | int | None]:
+    """A step of human feedback. The steps that are played before the one with gradient are those of the LoRA's plans:
+    without one, and without `feedback.steps`, they are not known."""
+    counts = list(config.feedback.steps)
+    if config.init_lora:
+        plans = plans_of(read_lora(Path(config.init_lora)), config.feedback.steps)
+        counts = [plan.num_steps for plan in plans]
+    before = [sum(span_of(count, *config.feedback.span)) / 2 - 0.5 for count in counts]
+    return {
+        "student_forward": 1, "student_backward": 1, "student_recomputed": int(config.gradient_checkpointing),
+        "student_played": round(sum(before) / len(before), 4) if before else None,
+        "decoder_forward": 1, "decoder_backward": 1, "decoder_recomputed": int(config.gradient_checkpointing),
+        "rewards_forward": len(config.feedback.rewards), "rewards_backward": len(config.feedback.rewards),
     }  # fmt: skip
 
 
@@ -137,9 +177,8 @@ def memory(config: DistillConfig, rehearsal: Rehearsal, shapes: Shapes) -> dict[
             shapes, rows, DTYPES[config.mixed_precision], checkpointing=config.gradient_checkpointing
         )
     held = _held(config, rehearsal)
-    if config.method == SCORE:
-        note = "the teacher's pass, which runs while the student's activations wait, is not counted"
-        return {"one_gpu": {**_table(held, peaks[one], one), "note": note}}
+    if config.method in NOT_COUNTED:
+        return {"one_gpu": {**_table(held, peaks[one], one), "note": NOT_COUNTED[config.method]}}
     many = _micro_batch(config, GPUS)
     fsdp = {name: size / GPUS if name not in ("discriminator",) else size for name, size in held.items()}
     zero2 = {
@@ -168,6 +207,8 @@ def _held(config: DistillConfig, rehearsal: Rehearsal) -> dict[str, float]:
     }  # fmt: skip
     if config.method == SCORE:
         held["fake_gradients_and_moments"] = (4 + moments) * lora
+    if rehearsal.vae is not None:
+        held["vae"] = float(sum(weight.nbytes for weight in rehearsal.vae.parameters()))
     if rehearsal.critic is not None:
         trained = _count(rehearsal.critic.trainable_parameters())
         weights = sum(w.nbytes for w in rehearsal.critic.parameters())

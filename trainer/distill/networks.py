@@ -16,6 +16,8 @@ from torch import nn
 
 from hypersd_export.diffusion import PredictionType
 from hypersd_export.errors import ModelError
+from hypersd_export.model.fuse import match
+from hypersd_export.model.lora import Delta
 from trainer.batch import Conditioning, cat
 from trainer.distill.config import LoraConfig, Teacher
 
@@ -45,6 +47,7 @@ class Networks:
         self._dtype: torch.dtype = unet.dtype  # diffusers looks at every module for it: 9 ms a pass on a small model
         self.alphas_cumprod, self.prediction_type = alphas_cumprod, prediction_type
         self.multiplier = 1.0  # alpha / rank, which `build` sets
+        self.stacked = False  # whether student and target stand on the teacher's adapter and not on the base
         self._layers: list[Any] = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
         self._weights = {role: self._adapter(role) for role in ADAPTERS}
         for role, weights in self._weights.items():
@@ -54,11 +57,14 @@ class Networks:
 
     @classmethod
     def build(
-        cls, unet: Any, lora: LoraConfig, *, alphas_cumprod: torch.Tensor, prediction_type: PredictionType
-    ) -> "Networks":
+        cls, unet: Any, lora: LoraConfig, *, alphas_cumprod: torch.Tensor, prediction_type: PredictionType,
+        under: Mapping[str, Delta] | None = None,
+    ) -> "Networks":  # fmt: skip
         """Freeze `unet` and put the adapters on it: down Gaussian / rank (torch's generator), up zero, all float32.
 
-        alphas_cumprod: float64 [T]. ModelError if no module's name ends as `lora.modules` says.
+        alphas_cumprod: float64 [T]. under: a LoRA that becomes the teacher's adapter, whatever its modules and ranks;
+        student and target then stand on it. ModelError if no module's name ends as `lora.modules` says, LoraError if
+        `under` does not fit.
         """
         from diffusers.models.attention_processor import AttnProcessor
         from peft import LoraConfig as PeftConfig
@@ -67,13 +73,15 @@ class Networks:
         matched = [name for name, _ in unet.named_modules() if name.endswith(lora.modules)]
         if not matched:
             raise ModelError(f"no module of the UNet ends in one of {', '.join(lora.modules)}; set lora.modules")
+        base = {} if under is None else match(unet, under, component="unet")
         peft = PeftConfig(
             r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.modules), init_lora_weights="gaussian"
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
             for role in ADAPTERS:
-                unet.add_adapter(peft, adapter_name=role.value)
+                own = _as_they_are(base) if base and role is Role.TEACHER else peft
+                unet.add_adapter(own, adapter_name=role.value)
         if unet.device.type == "cpu" and unet.config.sample_size**2 <= PLAIN_ATTENTION_TOKENS:
             unet.set_attn_processor(AttnProcessor())
         unet.to(memory_format=torch.channels_last)
@@ -84,7 +92,8 @@ class Networks:
                 weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
         for layer in networks._layers:
             layer.cast_input_dtype_enabled = False  # autocast casts; peft's own cast would go to float32 and back
-        networks.start_stage(Teacher.PREVIOUS)
+        networks.start_stage(Teacher.ORIGINAL if base else Teacher.PREVIOUS)
+        networks._stand_on(base)
         return networks
 
     def student_parameters(self) -> list[nn.Parameter]:
@@ -142,6 +151,11 @@ class Networks:
         if teacher is Teacher.PREVIOUS:
             self._copy(Role.TEACHER)
 
+    @torch.no_grad()
+    def back_to_target(self) -> None:
+        """student ← target: what `update_target(0)` kept."""
+        self._copy(Role.STUDENT, of=Role.TARGET)
+
     def adapter(self, role: Role) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
         """{module path: (down, up)} of one adapter, detached, where it lives."""
         down = {name: w.detach() for name, w in self._weights[role].items() if ".lora_A." in name}
@@ -170,10 +184,12 @@ class Networks:
         return out if out.dtype == torch.float64 else out.float()
 
     def _activate(self, role: Role) -> None:
+        beneath = [Role.TEACHER.value] if self.stacked and role in (Role.STUDENT, Role.TARGET) else []
+        active = [role.value, *beneath]
         for layer in self._layers:
             layer._disable_adapters = role is Role.BASE
             if role is not Role.BASE:
-                layer._active_adapter = [role.value]
+                layer._active_adapter = active
 
     @contextmanager
     def _as(self, role: Role) -> Iterator[None]:
@@ -188,6 +204,26 @@ class Networks:
         return {name.replace(mark, "."): p for name, p in self.unet.named_parameters() if mark in name}
 
     @torch.no_grad()
-    def _copy(self, to: Role) -> None:
+    def _copy(self, to: Role, *, of: Role = Role.STUDENT) -> None:
         for name, weight in self._weights[to].items():
-            weight.copy_(self._weights[Role.STUDENT][name])
+            weight.copy_(self._weights[of][name])
+
+    @torch.no_grad()
+    def _stand_on(self, deltas: Mapping[str, Delta]) -> None:
+        """The teacher's adapter becomes these deltas, with their own scale; nothing without any."""
+        for name, weight in self._weights[Role.TEACHER].items() if deltas else ():
+            module, _, end = name.partition(".lora_")
+            delta = deltas[module]
+            given = delta.down if end.startswith("A") else delta.up.float() * delta.multiplier
+            weight.copy_(given.reshape(weight.shape))
+        self.stacked = bool(deltas)
+        self._activate(Role.STUDENT)
+
+
+def _as_they_are(deltas: Mapping[str, Delta]) -> Any:
+    """peft's configuration for an adapter on exactly these modules, each of its own rank and unscaled."""
+    from peft import LoraConfig as PeftConfig
+
+    ranks = {name: delta.rank for name, delta in deltas.items()}
+    most = max(ranks.values())
+    return PeftConfig(r=most, lora_alpha=most, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)

@@ -7,7 +7,7 @@ out/log.jsonl, tensorboard/, validation/, bad/
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from hypersd_export.errors import DataError, OptionError
-from hypersd_export.model.files import public_name
 from trainer.batch import Source
 from trainer.config import as_json
 from trainer.discriminator import Discriminator
-from trainer.distill.config import METHODS, SCORE, DistillConfig, StageConfig
+from trainer.distill.config import FEEDBACK, METHODS, SCORE, DistillConfig, StageConfig
 from trainer.distill.engine import DTYPES, Engine
+from trainer.distill.feedback_run import Feedback
 from trainer.distill.logs import JsonLog, check_log_with, log_grid, start_tracker
-from trainer.distill.loop import StageLoop, StepResult
-from trainer.distill.lora_file import Origin, load_student, save_student, updates_of
+from trainer.distill.loop import StageLoop, Step, StepResult
+from trainer.distill.lora_file import Origin, load_student, public_recipe, save_student, updates_of
 from trainer.distill.networks import Networks
 from trainer.distill.pairs import Pairs, open_pairs
 from trainer.distill.plans import plans_for
@@ -71,8 +71,11 @@ class Distillation:
         self, config: DistillConfig, out: Path, *, resume: str = "latest", base: Any = None,
         source: Source | None = None, say: Callable[[str], object] = bool,
     ) -> None:  # fmt: skip
-        if config.method not in (*METHODS, SCORE):
-            raise OptionError(f"method {config.method!r} is not a method; there are: {', '.join((*METHODS, SCORE))}")
+        known = (*METHODS, SCORE, FEEDBACK)
+        if config.method not in known:
+            raise OptionError(f"method {config.method!r} is not a method; there are: {', '.join(known)}")
+        if config.method == FEEDBACK and not config.init_lora:
+            raise OptionError(f"method {FEEDBACK} stands on a few-step LoRA: name one with --init-lora FILE")
         if source is None and not config.data.source:
             raise OptionError("no data: this recipe needs --data, an image folder, a dataset or a shard pattern")
         if config.validate_every and not config.validation_prompts and config.base != "builtin":
@@ -86,8 +89,8 @@ class Distillation:
         self._base, self._told = base, 0
         self._source: Any = source
         self.engine = Engine(config)
-        if config.method == SCORE and self.engine.kind in ("FSDP", "DEEPSPEED"):
-            raise OptionError(f"method {SCORE} with {self.engine.kind}: trains two adapters of one UNet; take DDP")
+        if config.method in (SCORE, FEEDBACK) and self.engine.kind in ("FSDP", "DEEPSPEED"):
+            raise OptionError(f"method {config.method} with {self.engine.kind}: has two adapters in use; take DDP")
         self._say = say if self.engine.is_main else bool
 
     @property
@@ -150,13 +153,14 @@ class Distillation:
         base = self._base
         unet = base.load_unet(DTYPES[config.base_precision])
         torch.manual_seed(config.seed)
+        self._feedback = Feedback(config) if config.method == FEEDBACK else None
         networks = Networks.build(
-            unet, config.lora, alphas_cumprod=base.alphas_cumprod, prediction_type=base.prediction_type
-        )
-        self._inherited = 0
-        if config.init_lora:
+            unet, config.lora, alphas_cumprod=base.alphas_cumprod, prediction_type=base.prediction_type,
+            under=None if self._feedback is None else self._feedback.deltas,
+        )  # fmt: skip
+        self._inherited = updates_of(Path(config.init_lora)) if config.init_lora else 0
+        if config.init_lora and self._feedback is None:
             load_student(Path(config.init_lora), networks)
-            self._inherited = updates_of(Path(config.init_lora))
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self._critic: Any = None
@@ -169,6 +173,8 @@ class Distillation:
         self._empty = self._source.empty.to(engine.device)
         if config.method == SCORE:
             self._critic, self._pairs = FakeScore(self.networks), self._open_pairs()
+        if self._feedback is not None:
+            self._feedback.open(base, self.networks, self._source, engine)
         self._validator = self._make_validator() if config.validate_every else None
 
     def _begin(self, snapshot: Snapshot | None) -> Place:
@@ -183,6 +189,8 @@ class Distillation:
         if place.step < self.config.stages[place.stage - 1].steps:
             return place
         restore_networks(snapshot.tensors, self.networks)
+        if self._feedback is not None:
+            self._feedback.kept = int(snapshot.extra.get("kept", -1))
         if not (self.out / lora_name(self.config, place.stage)).exists():
             self._write_lora(place.stage)
         return Place(place.stage + 1, 0)
@@ -205,7 +213,10 @@ class Distillation:
             done = result.step + 1
             self._record(Place(number, result.step), offset, result)
             figures = self._validate(number, result.step, offset, last=done == stage.steps)
-            wrote = None
+            wrote, stopped = None, False
+            if self._feedback is not None:
+                figures, stopped = self._look(number, done, figures)
+                done = stage.steps if stopped else done
             if done == stage.steps or (config.save_every and done % config.save_every == 0):
                 self._save(Place(number, done), critic)
             if done == stage.steps:
@@ -214,12 +225,29 @@ class Distillation:
                 number=number, stages=len(config.stages), segments=stage.segments, of_steps=stage.steps, result=result,
                 figures=figures, wrote=wrote,
             )  # fmt: skip
+            if stopped:
+                return
         if stage.steps == 0:
             self._save(Place(number, 0), critic)
             self._write_lora(number)
 
-    def _make_step(self, number: int, critic: Any) -> DistillStep | ScoreStep:
+    def _look(self, number: int, done: int, figures: dict[str, float]) -> tuple[dict[str, float], bool]:
+        """The guard's figures beside a validation's, and whether it ends the run, with the weights of before."""
+        assert self._feedback is not None
+        of = self.config.stages[number - 1].steps
+        seen, stopped = self._feedback.look(done, of, self.networks, self.engine)
+        if seen and self._log is not None:
+            self._log.write(Place(number, done - 1), {"guard": True, "stopped": stopped, **seen})
+        if seen and self._tracker is not None:
+            self._tracker.log({name.replace("_", "/", 1): value for name, value in seen.items()}, step=done - 1)
+        if stopped:
+            self._say(f"the guard stops after {done} updates; the LoRA is that of {self._feedback.kept}")
+        return {**figures, **seen}, stopped
+
+    def _make_step(self, number: int, critic: Any) -> Step:
         config, stage = self.config, self.config.stages[number - 1]
+        if self._feedback is not None:
+            return self._feedback.step(self.networks, stage, number=number)
         if config.method == SCORE:
             return ScoreStep(
                 self.networks, config, stage, self._empty, critic, plans=self._plans(stage), pairs=self._pairs,
@@ -253,17 +281,22 @@ class Distillation:
         tensors, extra = collect(self.engine, self.networks, critic)
         if self.is_main:
             extra |= {"config": as_json(self.config), "base": self._base.digest}
+            if self._feedback is not None:
+                extra["kept"] = self._feedback.kept
             save_snapshot(self.out, Snapshot(place=place, tensors=tensors, extra=extra), keep=self.config.keep)
         self.engine.accelerator.wait_for_everyone()
 
     def _write_lora(self, number: int) -> Path:
         config, stage, path = self.config, self.config.stages[number - 1], self.out / lora_name(self.config, number)
         student: Any = Gathered(self.networks)
+        feedback, updates = self._feedback, sum(before.steps for before in config.stages[:number])
+        if feedback is not None and feedback.kept >= 0:
+            updates = feedback.kept
         if self.is_main:
             origin = Origin(
                 plans=self._plans(stage), base_name=self._base.name, base_digest=self._base.digest,
-                recipe=_public(config),
-                steps=self._inherited + sum(before.steps for before in config.stages[:number]),
+                recipe=public_recipe(config), steps=self._inherited + updates,
+                over="" if feedback is None else feedback.lora.digest,
             )  # fmt: skip
             with disk(path):
                 save_student(path, student, config.lora, origin)
@@ -272,6 +305,8 @@ class Distillation:
 
     def _plans(self, stage: StageConfig) -> list[Any]:
         base = self._base
+        if self._feedback is not None:
+            return self._feedback.plans
         from trainer.base import schedule_of
 
         schedule = schedule_of(base.model.scheduler_config)
@@ -281,9 +316,12 @@ class Distillation:
         from trainer.distill.validate import BUILTIN_PROMPTS, STEPS, Validator
 
         least = min(stage.points for stage in self.config.stages)  # a plan has no more steps than its grid has points
+        steps = tuple(count for count in STEPS if count <= least)
+        if self._feedback is not None:
+            steps = tuple(plan.num_steps for plan in self._feedback.plans)
         return Validator(
             self._base, self.config.validation_prompts or BUILTIN_PROMPTS, latent_shape=self._source.latent_shape,
-            steps=tuple(count for count in STEPS if count <= least), device=self.engine.device,
+            steps=steps, device=self.engine.device,
         )  # fmt: skip
 
     def _validate(self, number: int, step: int, offset: int, *, last: bool) -> dict[str, float]:
@@ -323,15 +361,6 @@ class Distillation:
             "versions": {name: _version(name) for name in VERSIONS},
             "processes": self.engine.accelerator.num_processes,
         }  # fmt: skip
-
-
-def _public(config: DistillConfig) -> dict[str, Any]:
-    """The configuration as JSON data, for a file that goes around: of paths on this machine the last part alone."""
-    data = replace(config.data, cache="", source=public_name(config.data.source) or "")
-    recipe: dict[str, Any] = as_json(
-        replace(config, base=public_name(config.base) or "", data=data, init_lora=public_name(config.init_lora) or "")
-    )
-    return recipe
 
 
 class _Autocast:

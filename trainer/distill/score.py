@@ -20,6 +20,7 @@ from trainer.batch import Batch, Conditioning, Map, PerSample, keyed_generator
 from trainer.distill.config import DistillConfig, StageConfig
 from trainer.distill.networks import Networks, Role
 from trainer.distill.pairs import Pairs
+from trainer.distill.rollout import play
 from trainer.distill.step import StepOutput
 from trainer.losses.adversarial import renoise
 from trainer.losses.score import denoising_loss, matching_direction, matching_loss
@@ -141,6 +142,10 @@ class ScoreStep:
             logs["anchor"] = far.mean().detach()
         return StepOutput(loss=loss, logs=logs, look=sample)
 
+    def updated(self) -> None:
+        """After an update of the student: the target follows, though nothing asks it."""
+        self.networks.update_target(self.config.ema_decay)
+
     def critic_loss(self, look: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The fake score's denoising loss on the student's pictures: scalar, with gradient to it alone."""
         self.fake.learn(True)
@@ -153,14 +158,14 @@ class ScoreStep:
         self, noise: torch.Tensor, draws: ScoreDraws, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The student's own path down to the drawn step, without gradient: the sample there, and its timesteps [B]."""
-        x, times = noise, self.courses[draws.course]
-        for step in range(int(draws.index.max())):
-            rows = torch.nonzero(draws.index > step).flatten()
+        times = self.courses[draws.course]
+
+        def move(step: int, rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             t, to = times[rows, step], times[rows, step + 1]
-            out = self.networks.frozen(Role.STUDENT, x[rows], t, conditioning.rows(rows))
-            landed = self._land(out, x[rows], t)
-            again = renoise(landed, level(self.alphas[:1]), level(self.alphas[to]), draws.path_noise[rows, step])
-            x = x.index_copy(0, rows, again)
+            landed = self._land(self.networks.frozen(Role.STUDENT, x, t, conditioning.rows(rows)), x, t)
+            return renoise(landed, level(self.alphas[:1]), level(self.alphas[to]), draws.path_noise[rows, step])
+
+        x = play(noise, draws.index, move)
         return x, times.gather(1, draws.index[:, None])[:, 0]
 
     def _land(self, out: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,10 @@ class DistillStep:
             loss, logs["adversarial"] = loss + self.stage.w_adv * deceit, deceit.detach()
         return StepOutput(loss=loss, logs=logs, look=look)
 
+    def updated(self) -> None:
+        """After an update of the student: the target follows."""
+        self.networks.update_target(self.config.ema_decay)
+
     def critic_loss(self, look: Look) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The discriminator's loss on real and fake: scalar, with gradient to it alone.
 

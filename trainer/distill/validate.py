@@ -74,14 +74,28 @@ def sample(
     return latents
 
 
-@torch.no_grad()
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures float32 [N, 3, H, W], clamped to [-1, 1], of latents as the UNet sees them."""
+    """Pictures float32 [N, 3, H, W], clamped to [-1, 1], of latents as the UNet sees them, with gradient to them."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     unscaled = (latents.float() / vae.config.scaling_factor + shift).to(vae.device, vae.dtype)
     with torch.autocast(vae.device.type, enabled=False):  # SDXL's VAE overflows in float16
         pictures: torch.Tensor = vae.decode(unscaled).sample
     return pictures.float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def draw_pictures(
+    networks: Networks, vae: Any, plan: FewStepPlan, text: Conditioning, shape: tuple[int, int, int], *,
+    first_seed: int, empty: Conditioning, role: Role = Role.STUDENT, batch: int = 8,
+) -> torch.Tensor:  # fmt: skip
+    """float32 [N, 3, H, W] in [-1, 1], one per row of `text`, `batch` at once; row i starts from the noise of seed
+    `first_seed` + i."""
+    done = []
+    for start in range(0, len(text), batch):
+        part = text.rows(slice(start, start + batch))
+        seeds = range(first_seed + start, first_seed + start + len(part))
+        done.append(decode(vae, sample(networks, plan, part, seeds, shape, empty=empty, role=role)))
+    return torch.cat(done)
 
 
 def picture_grid(rows: Iterable[torch.Tensor], *, columns: int) -> "Image":
@@ -140,14 +154,11 @@ class Validator:
 
     def pictures(self, networks: Networks, plan: FewStepPlan) -> torch.Tensor:
         """float32 [prompts, 3, H, W] in [-1, 1]; prompt i starts from the noise of seed `first_seed` + i."""
-        device, done = networks.unet.device, []
-        for start in range(0, len(self.prompts), self.batch):
-            part = slice(start, start + self.batch)
-            text = self._conditioning.rows(part).to(device)
-            seeds = range(self.first_seed + start, self.first_seed + start + len(text))
-            latents = sample(networks, plan, text, seeds, self.latent_shape, empty=self._empty.to(device))
-            done.append(decode(self._vae, latents))
-        return torch.cat(done)
+        device = networks.unet.device
+        return draw_pictures(
+            networks, self._vae, plan, self._conditioning.to(device), self.latent_shape, first_seed=self.first_seed,
+            empty=self._empty.to(device), batch=self.batch,
+        )  # fmt: skip
 
 
 def _builtin_reward(device: torch.device | str) -> Reward:
