@@ -128,7 +128,32 @@ def test_casts_lose_the_fraction_toward_zero(dtype, tmp_path):
     np.testing.assert_array_equal(flag, (x != 0).astype(np.int32))
 
 
-def test_moving_ops(tmp_path):
+@pytest.mark.parametrize("dtype", [*DTYPES, np.int32])
+def test_moving_ops_whatever_is_moved(dtype, tmp_path):
+    x = (rng().standard_normal((2, 3, 4, 6)) * 9).astype(dtype)
+    t = torch.from_numpy(x)
+    cases = {
+        "reshape": (lambda a: mb.reshape(x=a, shape=[2, -1, 6]), t.reshape(2, 12, 6)),
+        "transpose": (lambda a: mb.transpose(x=a, perm=[3, 0, 2, 1]), t.permute(3, 0, 2, 1)),
+        "expand_dims": (lambda a: mb.expand_dims(x=a, axes=[2]), t[:, :, None]),
+        "squeeze": (lambda a: mb.squeeze(x=mb.expand_dims(x=a, axes=[0])), t),
+        "concat": (lambda a: mb.concat(values=[a, a, a], axis=-1), torch.cat([t, t, t], -1)),
+        "stack": (lambda a: mb.stack(values=[a, a], axis=2), torch.stack([t, t], 2)),
+        "split": (lambda a: mb.split(x=a, num_splits=2, axis=-1)[0], t[..., :3]),
+        "tile": (lambda a: mb.tile(x=a, reps=[2, 1, 2, 1]), t.repeat(2, 1, 2, 1)),
+        "slice": (lambda a: mb.slice_by_index(x=a, begin=[0, 1, 0, 0], end=[2, 3, 4, 6], stride=[1, 1, 2, 3]),
+                  t[:, 1:, ::2, ::3]),
+        "slice_by_size": (lambda a: mb.slice_by_size(x=a, begin=[1, 0, 1, 0], size=[1, 3, 2, 6]), t[1:, :, 1:3]),
+        "gather": (lambda a: mb.gather(x=a, indices=np.int32([3, 0]), axis=2), t[:, :, [3, 0]]),
+        "identity": (lambda a: mb.identity(x=a), t),
+    }  # fmt: skip
+    results = run(lambda a: tuple(make(a) for make, _ in cases.values()), [x], tmp_path)
+    for (name, (_, expected)), result in zip(cases.items(), results, strict=True):
+        assert result.dtype == dtype, name
+        np.testing.assert_array_equal(result, expected.numpy(), err_msg=name)
+
+
+def test_moving_ops_in_all_their_forms(tmp_path):
     x = rng().standard_normal((2, 3, 4, 6)).astype(np.float32)
     t = torch.from_numpy(x)
     cases = {
@@ -244,19 +269,29 @@ def test_convolutions(groups, stride, dilation, dtype, tmp_path):
             mb.conv(x=a, pad_type="custom", pad=[1, 2, 0, 1], **common),
             mb.conv(x=a, pad_type="valid", **common),
             mb.conv_transpose(x=a, weight=up, pad_type="custom", pad=[1, 1, 1, 1], strides=[2, 2]),
+            mb.conv_transpose(
+                x=a, weight=up, pad_type="custom", pad=[1, 1, 1, 1], strides=[2, 2], output_shape=[2, 3, 18, 16]
+            ),
+            mb.conv_transpose(x=a, weight=up, bias=b[:3], dilations=[2, 1]),
+            mb.conv_transpose(
+                x=a, weight=up, bias=b[:3], pad_type="custom", pad=[0] * 4, strides=[2, 2], output_shape=[2, 3, 20, 18]
+            ),
             mb.conv(x=mb.reshape(x=a, shape=[2, 4, 72]), weight=w[:, :, 0], groups=groups),
         )
 
-    custom, valid, transposed, flat = run(body, [x], tmp_path)
+    results = run(body, [x], tmp_path)
     t, weight, bias = (torch.from_numpy(v).float() for v in (x, w, b))
     arguments = {"stride": stride, "dilation": dilation, "groups": groups}
     expected = [
         F.conv2d(F.pad(t, (0, 1, 1, 2)), weight, bias, **arguments),
         F.conv2d(t, weight, bias, **arguments),
         F.conv_transpose2d(t, torch.from_numpy(up).float(), stride=2, padding=1),
+        F.conv_transpose2d(t, torch.from_numpy(up).float(), stride=2, padding=1, output_padding=1),
+        F.conv_transpose2d(t, torch.from_numpy(up).float(), bias[:3], dilation=(2, 1)),
+        F.conv_transpose2d(t, torch.from_numpy(up).float(), bias[:3], stride=2, output_padding=1),
         F.conv1d(t.reshape(2, 4, 72), weight[:, :, 0], groups=groups),
     ]
-    for result, wanted in zip((custom, valid, transposed, flat), expected, strict=True):
+    for result, wanted in zip(results, expected, strict=True):
         assert result.dtype == dtype
         np.testing.assert_allclose(result, wanted.numpy().astype(dtype), rtol=TOLERANCE[dtype], atol=1e-5)
 
@@ -333,9 +368,11 @@ def test_attention_of_ios18(dtype, masked, tmp_path):
     np.testing.assert_allclose(out, wanted.numpy(), rtol=TOLERANCE[dtype], atol=1e-3 if dtype == np.float16 else 1e-6)
 
 
-def test_pools_and_resizes(tmp_path):
-    x = rng().standard_normal((2, 3, 7, 8)).astype(np.float32)
-    t = torch.from_numpy(x)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (1, 1, 8, 8)])
+def test_pools_and_resizes(shape, dtype, tmp_path):
+    x = rng().standard_normal(shape).astype(dtype)
+    t = torch.from_numpy(x).float()
     common = {"kernel_sizes": [3, 2], "strides": [2, 2]}
     pads = {"pad_type": "custom", "pad": [1, 1, 1, 1]}
     cases = {
@@ -356,21 +393,32 @@ def test_pools_and_resizes(tmp_path):
         ),
         "bilinear": (
             lambda a: mb.upsample_bilinear(x=a, scale_factor_height=2, scale_factor_width=2, align_corners=True),
-            F.interpolate(t, size=(14, 16), mode="bilinear", align_corners=True),
+            F.interpolate(t, scale_factor=2, mode="bilinear", align_corners=True),
         ),
         "bilinear halves": (
             lambda a: mb.upsample_bilinear(x=a, scale_factor_height=2, scale_factor_width=2, align_corners=False),
-            F.interpolate(t, size=(14, 16), mode="bilinear", align_corners=False),
+            F.interpolate(t, scale_factor=2, mode="bilinear", align_corners=False),
         ),
         "resize bilinear": (
             lambda a: mb.resize_bilinear(
                 x=a, target_size_height=5, target_size_width=11, sampling_mode="STRICT_ALIGN_CORNERS"),
             F.interpolate(t, size=(5, 11), mode="bilinear", align_corners=True),
         ),
+        "resize aligned": (
+            lambda a: mb.resize_bilinear(
+                x=a, target_size_height=9, target_size_width=4, sampling_mode="ALIGN_CORNERS"),
+            F.interpolate(t, size=(9, 4), mode="bilinear", align_corners=True),
+        ),
+        "resize halves": (
+            lambda a: mb.resize_bilinear(
+                x=a, target_size_height=9, target_size_width=4, sampling_mode="UNALIGN_CORNERS"),
+            F.interpolate(t, size=(9, 4), mode="bilinear", align_corners=False),
+        ),
     }  # fmt: skip
     results = run(lambda a: tuple(make(a) for make, _ in cases.values()), [x], tmp_path)
     for (name, (_, expected)), result in zip(cases.items(), results, strict=True):
-        np.testing.assert_allclose(result, expected.numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+        tolerance = TOLERANCE[dtype]
+        np.testing.assert_allclose(result, expected.numpy().astype(dtype), tolerance, tolerance, err_msg=name)
 
 
 def test_activations_quantised_to_a_byte_and_back(tmp_path):

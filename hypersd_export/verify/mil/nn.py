@@ -63,33 +63,21 @@ def _conv(args: Args) -> Tensor:
 
 @kernel("conv_transpose")
 def _conv_transpose(args: Args) -> Tensor:
-    """weight [C, out / groups, kernel…]; the output is cropped by the pads, or to `output_shape`."""
+    """weight [C, out / groups, kernel…]; the pads are cropped off, or what lies beyond them and `output_shape`."""
     x, weight = args("x"), args("weight")
-    axes = x.ndim - 2
+    axes, kind = x.ndim - 2, args.text("pad_type", "valid")
     strides, dilations = args.integers("strides", [1] * axes), args.integers("dilations", [1] * axes)
-    kind = args.text("pad_type", "valid")
-    convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[axes]
-    full = convolve(x, weight, args.maybe("bias"), strides, 0, 0, args.integer("groups", 1), dilations)
-    if kind == "valid" and "output_shape" not in args:
-        return full
-    if kind == "custom":
-        begins = args.integers("pad")[::2]
-        ends = args.integers("pad")[1::2]
-        sizes = [size - b - e for size, b, e in zip(full.shape[2:], begins, ends, strict=True)]
-    elif kind == "same":
-        sizes = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
-        begins = [max(0, size - want) // 2 for size, want in zip(full.shape[2:], sizes, strict=True)]
-    else:
+    if kind not in ("valid", "custom"):
         raise ValueError(f"conv_transpose with pad_type {kind} is not understood")
+    convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[axes]
+    full = convolve(x, weight, None, strides, 0, 0, args.integer("groups", 1), dilations)
+    pads = args.integers("pad") if kind == "custom" else [0] * (2 * axes)
+    crops = [-crop for crop in pads]
     if "output_shape" in args:
-        sizes = args.integers("output_shape")[-axes:]
-    for axis, (begin, size) in enumerate(zip(begins, sizes, strict=True), start=2):
-        short = begin + size - full.shape[axis]
-        if short > 0:
-            pads = [0] * (2 * (full.ndim - axis - 1)) + [0, short]
-            full = F.pad(full, pads)
-        full = full.narrow(axis, begin, size)
-    return full
+        sides = zip(args.integers("output_shape")[-axes:], full.shape[2:], pads[::2], strict=True)
+        crops[1::2] = [size - (have - begin) for size, have, begin in sides]
+    out, bias = F.pad(full, list(pairwise_pads(crops))), args.maybe("bias")
+    return out if bias is None else out + bias.reshape(-1, *[1] * axes)
 
 
 @kernel("layer_norm")
