@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import distilled_tables, metrics
+from benchmarks import distilled_tables, metrics, stats
 from benchmarks.contestants import Contestant, Table, read_contestants
-from benchmarks.distilled_tables import ROUNDS, Cell, Estimate, Row, markdown, measure, unequal_columns
+from benchmarks.distilled_tables import Cell, Row, markdown, measure, unequal_columns
 from benchmarks.feature_cache import Arrays, FeatureCache
 from benchmarks.judge import WEIGHTS, Judge
 from benchmarks.sampling import SAMPLER, Parts, labelled_grid
+from benchmarks.stats import ROUNDS, Estimate
 from benchmarks.teacher import RESULTS, Question, fully_named, grid_prompts
 from hypersd_export.builtin import card, model_dir
 from hypersd_export.bundle.cache import default_cache_dir
@@ -134,7 +135,7 @@ class Bench:
 
 def _figures_code() -> str:
     """Digest of the modules that figures come from: they are computed again when these change."""
-    return digest_json([sha256_file(Path(str(module.__file__))) for module in (metrics, distilled_tables)])
+    return digest_json([sha256_file(Path(str(module.__file__))) for module in (metrics, stats, distilled_tables)])
 
 
 def held_out_prompts(count: int) -> list[str]:

@@ -1,20 +1,18 @@
 """The arithmetic behind the tables of `benchmarks.distilled`: estimates, rows, and Markdown. NumPy alone.
 
-The unit that is resampled is the prompt, with all that was drawn for it (the contestant's picture and the teacher's),
-and every estimate resamples the same prompts in the same rounds. So estimates can be averaged over training seeds and
-subtracted from each other round by round, which makes the comparison of two rows a paired one.
+The unit that is resampled is the prompt, with all that was drawn for it (the contestant's picture and the teacher's).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from benchmarks.metrics import clip_scores, diversity, frechet_distance, retrieved
+from benchmarks.metrics import clip_scores, diversity, frechet_distance, paired_kid, retrieved
+from benchmarks.stats import ROUNDS, Estimate, estimate, mean_of
 
 Array = np.ndarray
-ROUNDS = 1000
 METRICS = {
     "clip_score": ("CLIP score of the judge, higher is better", 1.0, 1),
     "fd_t": ("FD-T, lower is better", 1.0, 3),
@@ -24,67 +22,6 @@ METRICS = {
 }
 """By key: heading, factor and decimals in Markdown; JSON has the plain values."""
 HIGHER = {"clip_score", "retrieval_top1"}
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A figure and its bootstrap replicates [rounds], shifted so that their mean is the figure.
-
-    The shift is ours: FD is biased for few samples and a resample repeats some, so its replicates lie above the figure
-    itself. All cells have the same count and so the same bias, and what is wanted is how far the figure scatters.
-    """
-
-    value: float
-    replicates: Array
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 %: the percentiles 2.5 and 97.5 of the replicates."""
-        low, high = np.percentile(self.replicates, [2.5, 97.5])
-        return float(low), float(high)
-
-    def __sub__(self, other: "Estimate") -> "Estimate":
-        return Estimate(self.value - other.value, self.replicates - other.replicates)
-
-    def __neg__(self) -> "Estimate":
-        return Estimate(-self.value, -self.replicates)
-
-    def __abs__(self) -> "Estimate":
-        return Estimate(abs(self.value), np.abs(self.replicates))
-
-
-def estimate(statistic: Callable[[Array], float], count: int, *, rounds: int = ROUNDS, seed: int = 0) -> Estimate:
-    """`statistic(rows)` of all rows 0 … count − 1, and of `rounds` resamples of them with replacement (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    replicates = np.array([statistic(rng.integers(count, size=count)) for _ in range(rounds)])
-    value = float(statistic(np.arange(count)))
-    return Estimate(value, replicates - replicates.mean() + value)
-
-
-def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean over training seeds: of the figures, and of the replicates round by round."""
-    return Estimate(
-        float(np.mean([e.value for e in estimates])), np.mean([e.replicates for e in estimates], axis=0)
-    )  # fmt: skip
-
-
-def paired_kid(a: Array, b: Array) -> Callable[[Array], float]:
-    """rows → KID of a[rows] and b[rows] [N, D], whose rows belong to the same prompts; the kernels are computed once.
-
-    `metrics.kid`'s cubic kernel; the pairs of one prompt are left out between the sets too: Gretton et al. 2012, eq. 4.
-    `metrics.kid` wants independent sets. With common prompts it comes out too small by 2/N times the difference between
-    the kernel of a prompt's own two pictures and that of any two, about as much as the floor scatters.
-    """
-    dim, n = a.shape[1], len(a)
-    within, between = ((a @ a.T / dim + 1) ** 3 + (b @ b.T / dim + 1) ** 3), (a @ b.T / dim + 1) ** 3
-    kernel = within - between - between.T
-    diagonal = np.diag(kernel).copy()
-
-    def statistic(rows: Array) -> float:
-        times = np.bincount(rows, minlength=n).astype(np.float64)
-        return float(times @ kernel @ times - times @ diagonal) / (len(rows) * (len(rows) - 1))
-
-    return statistic
 
 
 def measure(
@@ -126,9 +63,7 @@ class Cell:
         """Figures with intervals; with several training seeds also the figure of each, and their spread."""
         data: dict[str, Any] = {"updates": self.updates, "training_seeds": list(self.seeds)}
         for metric in METRICS:
-            mean = self.mean(metric)
-            low, high = mean.interval
-            data[metric] = {"value": mean.value, "low": low, "high": high}
+            data[metric] = self.mean(metric).to_json()
             if len(self.seeds) > 1:
                 each = [figures[metric].value for figures in self.figures]
                 data[metric] |= {"spread": self.spread(metric), "each": each}
@@ -159,8 +94,7 @@ def best_and_ties(rows: Sequence[Row], steps: int, metric: str, teacher: Estimat
     if not losses:
         return "", set()
     best = min(losses, key=lambda label: losses[label].value)
-    differences = {label: (other - losses[best]).interval for label, other in losses.items() if label != best}
-    return best, {label for label, (low, high) in differences.items() if low <= 0 <= high}
+    return best, {label for label, other in losses.items() if label != best and (other - losses[best]).is_zero}
 
 
 def unequal_columns(rows: Sequence[Row]) -> list[int]:

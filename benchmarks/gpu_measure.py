@@ -14,25 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.stats import summary
 from hypersd_export.bundle.disk import write_atomic
 from hypersd_export.errors import HypersdError
 from hypersd_export.runtime.tensorrt import TensorRTRuntime
 
 PROMPT = "a fox on a blue background, noto style"
-PERCENTILES = (50, 90, 99)
-
-
-def summary(milliseconds: Sequence[float]) -> dict[str, float]:
-    """Count, mean, extremes and p50, p90, p99 in ms, rounded to microseconds; ValueError for no values.
-
-    Between two values a percentile is interpolated, as NumPy does it: of 100 calls p99 lies between the two slowest.
-    """
-    values = np.asarray(milliseconds, dtype=np.float64)
-    if not values.size:
-        raise ValueError("no calls were timed")
-    figures = {f"p{q}": float(np.percentile(values, q)) for q in PERCENTILES}
-    figures |= {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max())}
-    return {"count": len(values), **{name: round(value, 3) for name, value in figures.items()}}
 
 
 def latency(

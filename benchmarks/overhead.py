@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.stats import ratio
 from benchmarks.teacher import RESULTS
 from hypersd_export.bundle.cache import default_cache_dir
 from hypersd_export.bundle.disk import write_atomic
@@ -282,22 +283,14 @@ def take_turns(
     return result
 
 
-def ratio(real: Sequence[float], bare: Sequence[float], *, rounds: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Median of `real` over median of `bare`, with a 95 % percentile bootstrap over the turns (pairs stay together)."""
-    a, b, rng = np.asarray(real), np.asarray(bare), np.random.default_rng(seed)
-    drawn = rng.integers(len(a), size=(rounds, len(a)))
-    low, high = np.percentile(np.median(a[drawn], axis=1) / np.median(b[drawn], axis=1), [2.5, 97.5])
-    return {"value": float(np.median(a) / np.median(b)), "low": float(low), "high": float(high)}
-
-
 def summary(stage: StageConfig, config: DistillConfig, turns: Turns) -> dict[str, Any]:
     """One stage's part of overhead.json; `passes` are those of the last step."""
-    whole = ratio(turns.real, turns.bare)
+    whole = ratio(turns.real, turns.bare).to_json()
     return {
         "segments": stage.segments, "points": stage.points, "w_adv": stage.w_adv, "batch": config.batch,
         "turns": len(turns.real), "step_ms": 1000 * float(np.median(turns.real)),
         "bare_ms": 1000 * float(np.median(turns.bare)), "ratio": whole, "limit": LIMIT, "holds": whole["high"] <= LIMIT,
-        "ratio_to_passes_without_optimizer": ratio(turns.real, turns.passes),
+        "ratio_to_passes_without_optimizer": ratio(turns.real, turns.passes).to_json(),
         "passes": [{"of": c.kind, "rows": c.rows, "gradient": _has_gradient(c)} for c in turns.calls],
         "passes_needed": [{"of": c.kind, "rows": c.rows, "repeated": c.repeated} for c in turns.needed],
     }  # fmt: skip

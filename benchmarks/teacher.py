@@ -16,10 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.distilled_tables import estimate, paired_kid
 from benchmarks.judge import Judge, candidates
-from benchmarks.metrics import clip_scores, diversity, frechet_distance, precision_recall, retrieved, unit
+from benchmarks.metrics import (
+    clip_scores,
+    diversity,
+    frechet_distance,
+    paired_kid,
+    precision_recall,
+    retrieved,
+    unit,
+)
 from benchmarks.sampling import Parts, grid
+from benchmarks.stats import estimate
 from hypersd_export.builtin import card, model_dir
 from hypersd_export.diffusion import FewStepPlan, Guidance, Solver
 from trainer.pretrain.concepts import BACKGROUNDS, CONCEPTS, STYLES, caption
@@ -99,9 +107,7 @@ class Question:
 
 def interval(statistic: Callable[[np.ndarray], float], count: int) -> dict[str, Any]:
     """value, low, high and count of `statistic(rows)`."""
-    found = estimate(statistic, count, rounds=ROUNDS)
-    low, high = found.interval
-    return {"value": found.value, "low": low, "high": high, "count": count}
+    return {**estimate(statistic, count, rounds=ROUNDS).to_json(), "count": count}
 
 
 def variety(judge: Judge, draw: Callable[[SceneSpec, int], torch.Tensor], seeds: int = 8) -> dict[str, Any]:

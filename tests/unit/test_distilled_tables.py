@@ -13,76 +13,22 @@ from benchmarks.contestants import Contestant, Table, read_contestants, sampler_
 from benchmarks.distilled_tables import (
     METRICS,
     Cell,
-    Estimate,
     Row,
     best_and_ties,
-    estimate,
     markdown,
-    mean_of,
     measure,
-    paired_kid,
     unequal_columns,
 )
 from benchmarks.feature_cache import FeatureCache
-from benchmarks.metrics import bootstrap, clip_scores, diversity, frechet_distance, kid, unit
+from benchmarks.metrics import clip_scores, diversity, unit
 from benchmarks.sampling import Parts, labelled_grid
+from benchmarks.stats import Estimate, mean_of
 from hypersd_export.diffusion import LORA_METADATA_KEY, FewStepPlan, Guidance, Solver, plans_to_metadata
 from hypersd_export.errors import DataError, LoraError, OptionError, PlanError
 from hypersd_export.model.lora import Delta, read_lora, save_kohya
 from hypersd_export.verify import reference
 
 RNG = np.random.default_rng(0)
-
-
-# estimates
-
-
-def test_an_estimate_is_the_bootstrap_of_metrics_shifted_onto_the_figure():
-    samples = RNG.standard_normal(60)
-    plain = bootstrap(lambda rows: float(rows.mean()), samples)
-    mine = estimate(lambda rows: float(samples[rows].mean()), 60)
-    shift = mine.replicates.mean() - np.mean([mine.value])
-    assert mine.value == plain.value
-    assert shift == pytest.approx(0, abs=1e-12)
-    low, high = mine.interval
-    assert high - low == pytest.approx(plain.high - plain.low, rel=1e-9)
-    assert (low, high) == pytest.approx((plain.low, plain.high), abs=0.02)
-
-
-def test_the_interval_of_a_biased_figure_lies_around_it():
-    """A resample repeats rows, so its FD lies above: by percentiles alone the figure would be outside its interval."""
-    a, b = RNG.standard_normal((2, 80, 20))
-    fd = estimate(lambda rows: frechet_distance(a[rows], b[rows]), 80, rounds=200)
-    rng = np.random.default_rng(0)
-    raw = [frechet_distance(a[r], b[r]) for r in (rng.integers(80, size=80) for _ in range(200))]
-    assert np.percentile(raw, 2.5) > fd.value
-    assert fd.value == frechet_distance(a, b)
-    assert fd.interval[0] < fd.value < fd.interval[1]
-    np.testing.assert_allclose(fd.replicates - fd.value, raw - np.mean(raw), atol=1e-9)
-
-
-def test_paired_kid_by_hand_and_on_a_resample():
-    a, b = RNG.standard_normal((2, 9, 4))
-    k = lambda x, y: (x @ y / 4 + 1) ** 3  # noqa: E731
-    for rows in (np.arange(9), RNG.integers(9, size=9)):
-        pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
-        terms = [
-            k(a[i], a[j]) + k(b[i], b[j]) - k(a[i], b[j]) - k(a[j], b[i])
-            for i, j in ((rows[p], rows[q]) for p, q in pairs)
-        ]
-        assert paired_kid(a, b)(rows) == pytest.approx(np.mean(terms), rel=1e-9)
-
-
-def test_paired_kid_is_unbiased_where_both_sets_have_the_same_prompts():
-    """Each prompt moves both of its pictures: two sets of one distribution, which `metrics.kid` finds too alike."""
-    values, plain = [], []
-    for _ in range(300):
-        prompts = RNG.standard_normal((20, 6))
-        a, b = prompts + 0.1 * RNG.standard_normal((2, 20, 6))
-        values.append(paired_kid(a, b)(np.arange(20)))
-        plain.append(kid(a, b))
-    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(300)
-    assert np.mean(plain) < -3 * np.std(plain) / np.sqrt(300)
 
 
 def test_measure_is_the_metrics_and_equal_pictures_are_at_no_distance():

@@ -24,6 +24,7 @@ from benchmarks.gpu_acceptance import (
     main,
 )
 from benchmarks.gpu_report import markdown, table
+from benchmarks.stats import summary
 from hypersd_export.bundle.digest import sha256_file
 from hypersd_export.cli import app
 from hypersd_export.diffusion.plan import FewStepPlan, Solver
@@ -314,15 +315,6 @@ def test_options_that_cannot_be_used(device: FakeDevice, tmp_path: Path, capsys:
 # Arithmetic
 
 
-def test_percentiles_have_known_answers() -> None:
-    assert gpu_measure.summary(range(1, 101)) == {
-        "count": 100, "p50": 50.5, "p90": 90.1, "p99": 99.01, "mean": 50.5, "min": 1.0, "max": 100.0,
-    }  # fmt: skip
-    assert gpu_measure.summary([2.0])["p99"] == 2.0
-    with pytest.raises(ValueError, match="no calls"):
-        gpu_measure.summary([])
-
-
 def test_latency_by_a_clock_of_our_own() -> None:
     ticks = iter([0.0, 0.010, 1.0, 1.030])
     result = gpu_measure.latency(lambda seed: {"unet": 0.002 * (seed + 1)}, 2, clock=lambda: next(ticks))
@@ -345,10 +337,10 @@ def test_report_of_nothing(device: FakeDevice) -> None:
 def test_times_against_onnx(device: FakeDevice) -> None:
     figures = {
         "golden": {"passed": True, "equal": True, "psnr_db": None, "line": ""}, "precision": "fp16", "open_s": 1.0,
-        "first_image_s": 1.0, "image_ms": gpu_measure.summary([2.0]), "images_per_s": 500.0, "components_ms": {},
+        "first_image_s": 1.0, "image_ms": summary([2.0]), "images_per_s": 500.0, "components_ms": {},
         "cuda_graph": {"text_encoder": True, "unet": False},
     }  # fmt: skip
-    slower = {**figures, "image_ms": gpu_measure.summary([5.0])}
+    slower = {**figures, "image_ms": summary([5.0])}
     del slower["cuda_graph"]
     steps = [Step(name="loop-4 tensorrt", passed=True, figures=figures),
              Step(name="loop-4 onnx", passed=True, figures=slower)]  # fmt: skip

@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 
 from benchmarks.metrics import (
-    bootstrap,
     clip_scores,
     cmmd,
     diversity,
     frechet_distance,
     kid,
+    paired_cmmd,
+    paired_kid,
     precision_recall,
     retrieved,
     unit,
@@ -88,13 +89,38 @@ def test_precision_and_recall_on_separate_overlapping_and_collapsed_sets():
     assert recall < 0.05
 
 
-def test_bootstrap_interval_covers_and_shrinks():
-    mean = lambda rows: float(rows.mean())  # noqa: E731
-    small = bootstrap(mean, RNG.standard_normal(50), rounds=500)
-    large = bootstrap(mean, RNG.standard_normal(5000), rounds=500)
-    assert small.low < small.value < small.high
-    assert large.high - large.low == pytest.approx(2 * 1.96 / np.sqrt(5000), rel=0.15)
-    assert (large.high - large.low) < 0.2 * (small.high - small.low)
-    assert (small.count, large.count) == (50, 5000)
-    hits = [bootstrap(mean, RNG.standard_normal(100), rounds=200, seed=i) for i in range(200)]
-    assert 0.88 <= np.mean([h.low <= 0 <= h.high for h in hits]) <= 0.99
+def test_paired_kid_by_hand_and_on_a_resample():
+    a, b = RNG.standard_normal((2, 9, 4))
+    k = lambda x, y: (x @ y / 4 + 1) ** 3  # noqa: E731
+    for rows in (np.arange(9), RNG.integers(9, size=9)):
+        pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
+        terms = [
+            k(a[i], a[j]) + k(b[i], b[j]) - k(a[i], b[j]) - k(a[j], b[i])
+            for i, j in ((rows[p], rows[q]) for p, q in pairs)
+        ]
+        assert paired_kid(a, b)(rows) == pytest.approx(np.mean(terms), rel=1e-9)
+
+
+def test_paired_kid_is_unbiased_where_both_sets_have_the_same_prompts():
+    """Each prompt moves both of its pictures: two sets of one distribution, which `kid` finds too alike."""
+    values, plain = [], []
+    for _ in range(300):
+        prompts = RNG.standard_normal((20, 6))
+        a, b = prompts + 0.1 * RNG.standard_normal((2, 20, 6))
+        values.append(paired_kid(a, b)(np.arange(20)))
+        plain.append(kid(a, b))
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(300)
+    assert np.mean(plain) < -3 * np.std(plain) / np.sqrt(300)
+
+
+def test_paired_cmmd_leaves_out_each_prompts_own_pair_and_agrees_with_cmmd_on_many():
+    a, b = RNG.standard_normal((2, 7, 5))
+    u, v = unit(a), unit(b)
+    k = lambda x, y: np.exp(-np.square(x - y).sum() / 200)  # noqa: E731
+    terms = [
+        k(u[i], u[j]) + k(v[i], v[j]) - k(u[i], v[j]) - k(u[j], v[i]) for i in range(7) for j in range(7) if i != j
+    ]
+    assert paired_cmmd(a, b)(np.arange(7)) == pytest.approx(1000 * np.mean(terms), rel=1e-9)
+    a, b = RNG.standard_normal((400, 5)) + 1, RNG.standard_normal((400, 5))
+    assert paired_cmmd(a, b)(np.arange(400)) == pytest.approx(cmmd(a, b), rel=0.01)
+    assert paired_cmmd(a, a)(np.arange(400)) == pytest.approx(0, abs=1e-9)

@@ -2,12 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks import overhead
-from benchmarks.overhead import Call, needed, ratio, summary, take_turns
+from benchmarks.overhead import Call, needed, summary, take_turns
 from tests.train.small_unet import SHAPE, conditioning, small_networks
 from trainer.batch import Batch
 from trainer.discriminator import Discriminator
@@ -137,18 +136,6 @@ def test_rows_that_were_computed_before_are_not_needed_again():
     assert [c.rows for c in needed(looked, critic_frozen=False)] == [1, 2]
     heads = [call("logits", [1.0], [5], [0.0])] * 2
     assert needed(heads, critic_frozen=True) == heads
-
-
-def test_ratio_of_medians_with_its_interval():
-    bare = np.random.default_rng(0).normal(1.0, 0.02, 60)
-    exact = ratio(1.05 * bare, bare)
-    assert exact == pytest.approx({"value": 1.05, "low": 1.05, "high": 1.05})  # pairs stay together
-    real = np.random.default_rng(1).normal(1.05, 0.02, 60)
-    noisy = ratio(real, bare)
-    assert noisy["value"] == pytest.approx(np.median(real) / np.median(bare))
-    assert noisy["low"] < 1.05 < noisy["high"] < 1.08
-    real[3] = 100.0  # one interruption of the machine
-    assert ratio(real, bare)["high"] < 1.08
 
 
 @pytest.mark.parametrize(
