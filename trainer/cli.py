@@ -44,6 +44,31 @@ def pretrain(
         _pretrain(config, out, tuple(stage or ()), resume)
 
 
+@app.command()
+def preference(
+    out: Annotated[Path, typer.Option(help="Folder of the run: pairs, state, and preference.safetensors.")],
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. schedule.steps=4000.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train the built-in model's preference reward on pairs that needed no human, and measure it on held-out ones."""
+    _require("torch", "diffusers", "transformers", "peft", "safetensors")
+    from trainer.config import as_json, override
+    from trainer.pretrain.preference import NAME, PreferenceConfig, PreferenceTraining
+
+    config = override(PreferenceConfig(), assignments or [])
+    typer.echo(json.dumps(as_json(config)))
+    if dry_run:
+        return
+    training = PreferenceTraining(config, out, say=typer.echo)
+    for result in training.run():
+        if result.step % 50 == 49:
+            figures = " ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
+            typer.echo(f"{result.step + 1}/{config.schedule.steps} {figures} {result.seconds:.0f} s")
+    for name, share in training.figures.items():
+        typer.echo(f"held-out pairs, {name}: {share:.1%} right")
+    typer.echo(f"wrote {out / NAME}")
+
+
 _Out = Annotated[Path | None, typer.Option(help="Folder of the run: LoRAs, checkpoints, log. Not for --dry-run.")]
 _Recipe = Annotated[str, typer.Option(help="builtin, sd15 or sdxl: the settings that --set changes.")]
 _Base = Annotated[str, typer.Option(help="builtin, a diffusers folder, a single file or a hub id; default: recipe's.")]

@@ -82,10 +82,6 @@ class FeedbackStep:
         means = zip(self.rewards, scores, strict=True)
         return StepOutput(loss=loss, logs={f"reward_{n}": score.detach().mean() for n, score in means}, look=None)
 
-    def critic_loss(self, look: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Never asked: there is no critic."""
-        raise NotImplementedError("feedback has no critic")
-
     def updated(self) -> None:
         """After an update: nothing. The target keeps the weights of the guard's last good look."""
 

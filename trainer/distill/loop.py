@@ -101,6 +101,7 @@ class StageLoop:
                 engine.backward(output.loss)
         logs = dict(output.logs) if output.loss is None else {"loss": output.loss.detach(), **output.logs}
         if output.look is not None:
+            assert not isinstance(step, FeedbackStep), "feedback has no critic"
             with engine.autocast():
                 loss, critic_logs = step.critic_loss(output.look)
             engine.critic_backward(loss)
