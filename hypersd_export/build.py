@@ -18,6 +18,7 @@ from hypersd_export.bundle.cache import Stage
 from hypersd_export.clock import Clock
 from hypersd_export.graphs.spec import Component
 from hypersd_export.job import Job, code_digests, tool_versions
+from hypersd_export.runtime.ports import Ports
 from hypersd_export.targets import Target
 from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE
 from hypersd_export.targets.onnx_pipeline import PIPELINE_DATA_FILE, PIPELINE_FILE
@@ -47,6 +48,17 @@ class OnnxGraphs:
         keys = {component.value: stage.key for component, stage in self.components.items()}
         return keys if self.whole is None else keys | {COMPOSE: self.whole.key}
 
+    def artifacts(self, *, published: bool) -> "Artifacts":
+        """As what is held against torch."""
+        return Artifacts(
+            target=Target.ONNX,
+            precision=self.precision,
+            published=published,
+            components={component: stage.path for component, stage in self.components.items()},
+            keys=self.keys(),
+            files=self.files(),
+        )
+
     def files(self) -> dict[str, Path]:
         """What a bundle that publishes them gets, by its name there: of the parts of a single graph, the configs."""
         names = ("config.json",) if self.whole is not None else (MODEL_FILE, DATA_FILE, "config.json")
@@ -57,15 +69,37 @@ class OnnxGraphs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Artifacts:
+    """Graphs of one kind and precision, as they are held against torch.
+
+    components: the folder of each one's graph. keys: the cache keys of all. files: what a bundle gets that draws with
+    them. ports: by component, for packages whose layout is not ours.
+    """
+
+    target: Target
+    precision: str
+    published: bool
+    components: Mapping[Component, Path] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    ports: Mapping[str, Ports] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What tells them from others of the same export."""
+        return self.precision if self.target is Target.ONNX else self.target.value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
     """One target, built. `files`: by their name in the bundle, the files (or folders) that go there; `record`: what
-    the manifest says about it; `onnx`: the graphs that it is, or was made from, which are held against torch."""
+    the manifest says about it; `artifacts`: what it is, or was made from, which is held against torch."""
 
     target: Target
     precision: str
     files: Mapping[str, Path]
     record: Mapping[str, Any]
-    onnx: OnnxGraphs | None = None
+    artifacts: tuple[Artifacts, ...] = ()
 
 
 class Workshop:
@@ -221,7 +255,7 @@ def onnx_target(workshop: Workshop) -> Built:
         precision=precision,
         files=graphs.files(),
         record=onnx_record(graphs, workshop.job.spec.opset),
-        onnx=graphs,
+        artifacts=(graphs.artifacts(published=True),),
     )
 
 

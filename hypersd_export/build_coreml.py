@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hypersd_export.build import Built, Workshop, build_notes
+from hypersd_export.build import Artifacts, Built, Workshop, build_notes
 from hypersd_export.bundle.cache import Stage
 from hypersd_export.coreml_worker import Conversion, run_apart
 from hypersd_export.graphs.spec import Component
@@ -30,6 +30,16 @@ def coreml_target(workshop: Workshop) -> Built:
         precision=precision,
         files=files,
         record=record(workshop, {c.value: note["built"] for c, note in notes.items()}, notes),
+        artifacts=(
+            Artifacts(
+                target=Target.COREML,
+                precision=precision,
+                published=True,
+                components={component: stage.path for component, stage in stages.items()},
+                keys={component.value: stage.key for component, stage in stages.items()},
+                files=files,
+            ),
+        ),
     )
 
 

@@ -59,7 +59,7 @@ def tensorrt_target(workshop: Workshop) -> Built:
             "engines": {name: record.to_json() for name, record in records.items()},
             "onnx": onnx_record(graphs, job.spec.opset),
         },
-        onnx=graphs,
+        artifacts=(graphs.artifacts(published=False),),
     )
 
 

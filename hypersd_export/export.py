@@ -6,9 +6,6 @@ bundle grows beside its destination and is renamed into place at the very end.
 """
 
 import datetime
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +13,18 @@ from typing import Any
 
 from hypersd_export import __version__
 from hypersd_export.assemble import assemble, write_card
-from hypersd_export.build import COMPOSE, Built, OnnxGraphs, Workshop
-from hypersd_export.bundle.manifest import NOT_VERIFIED, Manifest, bundle_digest, write_manifest
+from hypersd_export.build import COMPOSE, Built, Workshop
+from hypersd_export.bundle.manifest import Manifest, bundle_digest, write_manifest
 from hypersd_export.bundle.publish import check_destination, staged
 from hypersd_export.clock import Clock, Reporter, Silent, StageRecord
-from hypersd_export.job import GOLDEN_SEED, Job, check_backends, open_job, tool_versions
+from hypersd_export.job import Job, check_backends, open_job, tool_versions
 from hypersd_export.plan_choice import describe
+from hypersd_export.proof import VERIFY, verify
 from hypersd_export.spec import ExportSpec
-from hypersd_export.targets import Target
-from hypersd_export.verify.gates import IMAGE_DB
-from hypersd_export.verify.process import run_verification
-from hypersd_export.verify.request import VerifyRequest
 
-__all__ = ["COMPOSE", "Clock", "Exported", "Reporter", "Silent", "StageRecord", "export"]
+__all__ = ["COMPOSE", "VERIFY", "Clock", "Exported", "Reporter", "Silent", "StageRecord", "export"]
 
-LOAD, ASSEMBLE, VERIFY, PUBLISH = "load", "assemble", "verify", "publish"
+LOAD, ASSEMBLE, PUBLISH = "load", "assemble", "publish"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,79 +73,6 @@ def announce(job: Job, reporter: Reporter) -> None:
         reporter.note(f"LoRA: {lora.path.name} at scale {scale:g} ({lora.format}, rank {max(lora.ranks, default=0)})")
     for warning in job.source.warnings():
         reporter.note(f"warning: {warning}")
-
-
-def verify(job: Job, built: Sequence[Built], bundle: Path, clock: Clock, *, isolate: bool) -> dict[str, Any] | str:
-    """Golden files and parity figures, or "not verified" where nothing was compared; golden/ is copied into the bundle.
-
-    All ONNX graphs are held against torch, published or not. The figures of the first ones are named after the
-    components, those of others have their precision behind the name.
-    """
-    found = {each.onnx.precision: each.onnx for each in built if each.onnx is not None}
-    published = {each.onnx.precision for each in built if each.onnx is not None and each.target is Target.ONNX}
-    sets = sorted(found.values(), key=lambda graphs: graphs.precision not in published)
-    golden_db = min(IMAGE_DB[each.precision] for each in built)
-    parity: dict[str, Any] = {}
-    for graphs in sets or [OnnxGraphs(precision=built[0].precision, components={})]:  # without any: golden alone
-        first = graphs is sets[0] if sets else True
-        figures = verify_graphs(
-            job, graphs, bundle, clock,
-            first=first, published=graphs.precision in published, golden_db=golden_db, isolate=isolate,
-        )  # fmt: skip
-        parity |= {name if first else f"{name} {graphs.precision}": value for name, value in figures.items()}
-    return parity or NOT_VERIFIED
-
-
-def verify_graphs(
-    job: Job,
-    graphs: OnnxGraphs,
-    bundle: Path,
-    clock: Clock,
-    *,
-    first: bool,
-    published: bool,
-    golden_db: float,
-    isolate: bool,
-) -> dict[str, Any]:
-    """The parity figures of one set of ONNX graphs; the golden files of the first go into the bundle, with
-    `golden_db` as the bound for every runtime.
-
-    Graphs that are not `published` are assembled in a scratch folder, as the final image needs a bundle that draws.
-    """
-
-    def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            drawn = bundle
-            if graphs.components and not published:
-                drawn = Path(scratch)
-                source = Built(target=Target.ONNX, precision=graphs.precision, files=graphs.files(), record={})
-                assemble(job, [source], drawn)
-            request = VerifyRequest(
-                source=job.request,
-                digests=job.source.digests,
-                bundle=drawn,
-                components={component: stage.path for component, stage in graphs.components.items()},
-                out=folder,
-                shapes=job.shapes,
-                precision=graphs.precision,
-                provider=job.spec.provider,
-                prompt=job.prompt,
-                negative_prompt="",
-                seed=GOLDEN_SEED,
-                compare=job.spec.verify and bool(graphs.components),
-                golden_db=golden_db,
-            )
-            parity = run_verification(request, progress=clock.reporter.detail, isolate=isolate)
-        (folder / "parity.json").write_text(json.dumps(parity), encoding="utf-8")
-
-    name = VERIFY if first else f"{VERIFY}-{graphs.precision}"
-    with clock.stage(name) as record:
-        stage = job.cache.get(name, job.verify_depends(graphs.keys(), graphs.precision, golden_db), build)
-        record.cached = stage.cached
-        if first:
-            shutil.copytree(stage.path / "golden", bundle / "golden")
-        parity: dict[str, Any] = json.loads((stage.path / "parity.json").read_text(encoding="utf-8"))
-    return parity
 
 
 def describe_bundle(

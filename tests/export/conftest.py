@@ -95,7 +95,7 @@ def quick_build(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> list[str
 @pytest.fixture
 def quick_verify(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verification is that of the exported bundle."""
-    from hypersd_export import export as module
+    from hypersd_export import proof as module
 
     def run_verification(request: VerifyRequest, **_: object) -> dict[str, object]:
         shutil.copytree(exported.path / "golden", request.out / "golden")

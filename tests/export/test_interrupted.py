@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hypersd_export import export as export_module
+from hypersd_export import proof
 from hypersd_export.bundle import publish
 from hypersd_export.bundle.manifest import bundle_digest, verify_files
 from hypersd_export.errors import DestinationError, OptionError
@@ -38,7 +39,7 @@ def break_stage(monkeypatch, stage: str, error: BaseException) -> None:
     module, name = {
         LOAD: (export_module, "open_job"),
         ASSEMBLE: (export_module, "assemble"),
-        VERIFY: (export_module, "run_verification"),
+        VERIFY: (proof, "run_verification"),
         "manifest": (export_module, "write_manifest"),
         PUBLISH: (publish, "publish"),
     }[stage]

@@ -30,7 +30,8 @@ def engines(monkeypatch):
             stage = workshop.stage(f"tensorrt-{component}", {"onnx": onnx.key}, write)
             files[f"{component}/model.engine"] = stage.path / "model.engine"
         record = {"precision": "fp16", "flavour": "rtx", "version": "1", "capabilities": [], "engines": {}}
-        return Built(target=Target.TENSORRT, precision="fp16", files=files, record=record, onnx=graphs)
+        return Built(target=Target.TENSORRT, precision="fp16", files=files, record=record,
+                     artifacts=(graphs.artifacts(published=False),))  # fmt: skip
 
     monkeypatch.setattr(build, "BUILDERS", {**build.BUILDERS, Target.TENSORRT: engine_target})
 

@@ -1,0 +1,94 @@
+"""Which graphs of an export are held against torch, and the figures of each; the golden files come with the first."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hypersd_export.assemble import assemble
+from hypersd_export.build import Artifacts, Built
+from hypersd_export.bundle.manifest import NOT_VERIFIED
+from hypersd_export.clock import Clock
+from hypersd_export.job import GOLDEN_SEED, Job
+from hypersd_export.targets import Target
+from hypersd_export.verify.gates import IMAGE_DB
+from hypersd_export.verify.process import run_verification
+from hypersd_export.verify.request import VerifyRequest
+
+VERIFY = "verify"
+
+
+def verify(job: Job, built: Sequence[Built], bundle: Path, clock: Clock, *, isolate: bool) -> dict[str, Any] | str:
+    """Golden files and parity figures, or "not verified" where nothing was compared; golden/ is copied into the bundle.
+
+    All graphs that a target is, or was made from, are held against torch, published or not. The figures of the first
+    ones are named after the components, those of others have a label behind the name.
+    """
+    golden_db = min(IMAGE_DB[each.precision] for each in built)
+    parity: dict[str, Any] = {}
+    sets = artifacts_of(built) or [Artifacts(target=built[0].target, precision=built[0].precision, published=True)]
+    for number, artifacts in enumerate(sets):
+        stage = VERIFY if number == 0 else f"{VERIFY}-{artifacts.label}"
+        figures, golden = verify_one(job, artifacts, bundle, clock, stage, golden_db=golden_db, isolate=isolate)
+        if number == 0:
+            shutil.copytree(golden, bundle / "golden")
+        parity |= {name if number == 0 else f"{name} {artifacts.label}": value for name, value in figures.items()}
+    return parity or NOT_VERIFIED
+
+
+def artifacts_of(built: Sequence[Built]) -> list[Artifacts]:
+    """What the targets are or were made from, each once, published ones first."""
+    found: dict[str, Artifacts] = {}
+    for artifacts in (artifacts for each in built for artifacts in each.artifacts):
+        known = found.get(artifacts.label, artifacts)
+        found[artifacts.label] = dataclasses.replace(known, published=known.published or artifacts.published)
+    return sorted(found.values(), key=lambda artifacts: not artifacts.published)
+
+
+def verify_one(
+    job: Job, artifacts: Artifacts, bundle: Path, clock: Clock, name: str, *, golden_db: float, isolate: bool
+) -> tuple[dict[str, Any], Path]:
+    """The parity figures of one set of graphs and the folder of its golden files, which have `golden_db` as the bound
+    for every runtime.
+
+    Graphs that are not `published` are assembled in a scratch folder, as the final image needs a bundle that draws.
+    """
+
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            drawn = bundle
+            if not artifacts.published:
+                drawn = Path(scratch)
+                source = Built(
+                    target=artifacts.target, precision=artifacts.precision, files=artifacts.files, record={}
+                )  # fmt: skip
+                assemble(job, [source], drawn)
+            request = VerifyRequest(
+                source=job.request,
+                digests=job.source.digests,
+                bundle=drawn,
+                components=artifacts.components,
+                out=folder,
+                shapes=job.shapes,
+                precision=artifacts.precision,
+                provider=job.spec.provider,
+                prompt=job.prompt,
+                negative_prompt="",
+                seed=GOLDEN_SEED,
+                compare=job.spec.verify and bool(artifacts.components),
+                golden_db=golden_db,
+                target=Target.COREML if artifacts.target is Target.COREML else Target.ONNX,
+                ports=artifacts.ports,
+            )
+            parity = run_verification(request, progress=clock.reporter.detail, isolate=isolate)
+        (folder / "parity.json").write_text(json.dumps(parity), encoding="utf-8")
+
+    with clock.stage(name) as record:
+        depends = job.verify_depends(artifacts.keys, artifacts.precision, golden_db)
+        stage = job.cache.get(name, {**depends, "target": artifacts.target.value}, build)
+        record.cached = stage.cached
+        parity: dict[str, Any] = json.loads((stage.path / "parity.json").read_text(encoding="utf-8"))
+    return parity, stage.path / "golden"

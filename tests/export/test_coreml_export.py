@@ -1,0 +1,171 @@
+"""`--target coreml` through the whole export: packages in the bundle, their parity, the cache, what is refused."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hypersd_export import build_coreml, coreml_worker
+from hypersd_export.bundle.digest import digest_tree
+from hypersd_export.bundle.manifest import NOT_VERIFIED, verify_files
+from hypersd_export.errors import BuildError, MissingBackend, OptionError
+from hypersd_export.export import export
+from hypersd_export.graphs.spec import Component, Shapes
+from hypersd_export.refit import refit_spec
+from hypersd_export.runtime.pipeline import Pipeline
+from hypersd_export.spec import CoreMLFlags, ExportSpec
+from hypersd_export.targets import Target
+from hypersd_export.verify.coreml import InterpretedRuntime
+
+pytest.importorskip("coremltools")
+
+
+@pytest.fixture(scope="module")
+def coreml_spec(tiny_spec):
+    return replace(tiny_spec, targets=(Target.COREML,))
+
+
+@pytest.fixture(scope="module")
+def done(coreml_spec, tmp_path_factory):
+    """The tiny base as packages; all in this process, which has the libraries loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_coreml, "run_apart", lambda asked, folder, *, progress: asked.run(folder, progress))
+        return export(replace(coreml_spec, out=tmp_path_factory.mktemp("coreml") / "bundle"), isolate=False)
+
+
+def packages(done):
+    record = done.manifest.targets["coreml"]["components"]
+    return {name: done.path / entry["packages"][0] for name, entry in record.items()}
+
+
+def test_components_become_packages_that_are_torchs(done):
+    found = packages(done)
+    assert set(found) == set(Component)
+    for name, path in found.items():
+        assert path == done.path / name / f"{name}.mlpackage"
+        assert (path.parent / "config.json").is_file()
+    record = done.manifest.targets["coreml"]
+    assert {key: record[key] for key in ("precision", "deployment_target", "layout", "attention", "compute_units")} == {
+        "precision": "fp16", "deployment_target": "iOS17", "layout": "plain", "attention": "original",
+        "compute_units": "all",
+    }  # fmt: skip
+    unet = record["components"]["unet"]
+    assert {"sin", "cos"} < set(unet["float32_ops"])
+    assert len(unet["float32_ops"]) < 0.05 * unet["ops"]
+    assert not any(record["components"][name]["float32_ops"] for name in found if name != "unet")
+    parity = done.manifest.parity
+    assert set(parity) == {*Component, "image"}
+    assert all(55 < parity[name]["psnr_db"] < 100 for name in Component)
+    assert parity["image"]["psnr_db"] > 45
+    assert not list(done.path.rglob("*.onnx"))
+    assert not (done.path / "model_index.json").exists()
+    assert "exported to Core ML by" in (done.path / "README.md").read_text()
+    verify_files(done.path)
+
+
+def test_the_bundles_own_pipeline_draws_with_them(done, exported):
+    """The same seed as the ONNX bundle of the same base: the pictures differ by half precision alone."""
+    ours, theirs = Pipeline.from_bundle(exported.path), Pipeline.from_bundle(exported.path)
+    ours.runtime = InterpretedRuntime(packages=packages(done))
+    pictures = [np.asarray(p("a cat", seed=3, steps=2).images[0], np.int16) for p in (ours, theirs)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_a_second_export_converts_nothing_and_other_options_convert_what_they_change(
+    done, coreml_spec, tmp_path, monkeypatch
+):
+    asked = []
+
+    def run_apart(conversion, folder, *, progress):
+        asked.append(conversion)
+        raise BuildError(f"asked for {conversion.component}")
+
+    monkeypatch.setattr(build_coreml, "run_apart", run_apart)
+    again = export(replace(coreml_spec, out=tmp_path / "again"))
+    assert {stage.name for stage in again.stages if stage.cached} == {f"coreml-{c}" for c in Component} | {"verify"}
+    assert {n: digest_tree(p, "*") for n, p in packages(again).items()} == {
+        n: digest_tree(p, "*") for n, p in packages(done).items()
+    }
+    for flags, precision, component in (
+        (CoreMLFlags(deployment_target="iOS18"), None, "text_encoder"),
+        (CoreMLFlags(attention="split-einsum"), None, "unet"),
+        (CoreMLFlags(), "fp32", "text_encoder"),
+    ):
+        with pytest.raises(BuildError, match=f"asked for {component}$"):
+            export(replace(coreml_spec, coreml=flags, precision=precision, out=tmp_path / "other"))
+        assert coreml_worker.Conversion.from_json(json.loads(json.dumps(asked[-1].to_json()))) == asked[-1]
+    monkeypatch.setattr(build_coreml.vendor, "version", lambda: "10.0")
+    with pytest.raises(BuildError, match="asked for text_encoder"):
+        export(replace(coreml_spec, out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_process_of_its_own_makes_the_same_package(done, tiny_base, tmp_path):
+    asked = coreml_worker.Conversion(
+        source=coreml_worker.SourceRequest(base=str(tiny_base)), component=Component.TEXT_ENCODER,
+        shapes=Shapes(**done.manifest.options["shapes"]), precision="fp16", deployment_target="iOS17",
+        attention="original", layout="plain",
+    )  # fmt: skip
+    said: list[str] = []
+    notes = coreml_worker.run_apart(asked, tmp_path, progress=said.append)
+    assert said == ["loading text_encoder", "converting text_encoder"]
+    assert {path.name for path in tmp_path.iterdir()} == {"text_encoder.mlpackage", "config.json"}
+    assert digest_tree(tmp_path / "text_encoder.mlpackage", "*") == digest_tree(packages(done)["text_encoder"], "*")
+    assert notes["built"].items() <= done.manifest.targets["coreml"]["components"]["text_encoder"].items()
+
+
+def test_what_the_workers_process_says_reaches_the_user_in_one_line(done, tiny_base, tmp_path, capfd, monkeypatch):
+    asked = coreml_worker.Conversion(
+        source=coreml_worker.SourceRequest(base=str(tiny_base / "none")), component=Component.UNET,
+        shapes=Shapes(**done.manifest.options["shapes"]),
+        precision="fp16", deployment_target="iOS17", attention="original", layout="plain",
+    )  # fmt: skip
+    with pytest.raises(Exception, match="none") as caught:
+        coreml_worker.run_apart(asked, tmp_path, progress=lambda _: None)
+    assert type(caught.value).__name__ == "ModelError"
+    monkeypatch.setattr(coreml_worker, "MODULE", "hypersd_export.no_such_worker")
+    with pytest.raises(BuildError, match=r"^the package of unet: its process ended with exit code 1: .*No module"):
+        coreml_worker.run_apart(asked, tmp_path, progress=lambda _: None)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_library_prints_is_no_progress(tmp_path, monkeypatch, capsys):
+    def run(self, folder, progress):
+        print("noise")
+        progress("news")
+        return {"built": {}, "fused": []}
+
+    monkeypatch.setattr(coreml_worker.Conversion, "run", run)
+    monkeypatch.setattr(coreml_worker.Conversion, "from_json", classmethod(lambda cls, data: object.__new__(cls)))
+    (tmp_path / "request.json").write_text("{}")
+    assert coreml_worker.main([str(tmp_path / "request.json")]) == 0
+    assert capsys.readouterr() == ("news\n", "noise\n")
+    assert json.loads((tmp_path / "report.json").read_text()) == {"built": {}, "fused": []}
+
+
+def test_not_verified_is_said(coreml_spec, done, tmp_path, in_process):
+    again = export(replace(coreml_spec, out=tmp_path / "b", verify=False))
+    assert again.manifest.parity == NOT_VERIFIED
+
+
+def test_refit_keeps_the_options(done, tmp_path):
+    spec = refit_spec(done.path, ["other.safetensors"], tmp_path / "out", base="somewhere")
+    assert spec.coreml == CoreMLFlags()
+    assert spec.targets == (Target.COREML,)
+
+
+def test_a_missing_coremltools_is_said_before_anything_is_opened(monkeypatch, coreml_spec, tmp_path):
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    with pytest.raises(MissingBackend, match=r"pip install 'hypersd\[coreml\]'"):
+        export(replace(coreml_spec, base="/no/such/base", out=tmp_path / "b"))
+
+
+def test_flags_without_the_target_are_refused():
+    with pytest.raises(OptionError, match="are about --target coreml"):
+        ExportSpec(coreml=CoreMLFlags(palettize=6))
+    with pytest.raises(OptionError, match="--allow-approximate-schedule: it is about --layout apple"):
+        ExportSpec(targets=(Target.COREML,), coreml=CoreMLFlags(approximate=True))
+    with pytest.raises(OptionError, match="--palettize 7: iOS17 stores"):
+        ExportSpec(targets=(Target.COREML,), coreml=CoreMLFlags(palettize=7))
