@@ -77,16 +77,16 @@ def test_the_teacher_is_the_base_sampled_by_ddim_with_guidance(tiny_base):
 
 
 def test_it_learns_which_is_better_from_pairs(tiny_base, tmp_path):
-    """From a coin's log 2; clean against noisy on drawings that it has not seen, after a second of training."""
+    """From a coin's log 2; clean against blurred on drawings that it has not seen, after three seconds of training."""
     config = override(PreferenceConfig(base=str(tiny_base)), [
-        *QUICK, "schedule.steps=60", "schedule.lr=5e-3", "batch=32", "schedule.bf16=false", "schedule.warmup=5",
+        *QUICK, "held_out=64", "schedule.steps=100", "schedule.cooldown=50", "schedule.lr=5e-3", "batch=32", "schedule.bf16=false", "schedule.warmup=5",
         "schedule.ema_decay=0.9",
     ])  # fmt: skip
     training = PreferenceTraining(config, tmp_path)
     losses = [result.losses["loss"] for result in training.run()]
     assert sum(losses[:3]) / 3 == pytest.approx(math.log(2), abs=0.05)
-    assert sum(losses[-20:]) / 20 < 0.58
-    assert training.figures["degraded by noise"] >= 5 / 6
+    assert sum(losses[-20:]) / 20 < 0.5
+    assert training.figures["degraded by blur"] >= 0.75  # of 64, four deviations above a coin
     reward = PreferenceReward(tmp_path / "preference.safetensors")
     assert reward.size_px == 16
     record = json.loads((tmp_path / "preference.json").read_text())
