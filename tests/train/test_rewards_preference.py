@@ -79,8 +79,8 @@ def test_the_teacher_is_the_base_sampled_by_ddim_with_guidance(tiny_base):
 def test_it_learns_which_is_better_from_pairs(tiny_base, tmp_path):
     """From a coin's log 2; clean against blurred on drawings that it has not seen, after three seconds of training."""
     config = override(PreferenceConfig(base=str(tiny_base)), [
-        *QUICK, "held_out=64", "schedule.steps=100", "schedule.cooldown=50", "schedule.lr=5e-3", "batch=32", "schedule.bf16=false", "schedule.warmup=5",
-        "schedule.ema_decay=0.9",
+        *QUICK, "held_out=64", "schedule.steps=100", "schedule.cooldown=50", "schedule.lr=5e-3",
+        "batch=32", "schedule.bf16=false", "schedule.warmup=5", "schedule.ema_decay=0.9",
     ])  # fmt: skip
     training = PreferenceTraining(config, tmp_path)
     losses = [result.losses["loss"] for result in training.run()]
