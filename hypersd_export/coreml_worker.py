@@ -61,12 +61,14 @@ class Conversion:
         """
         import torch
 
+        from hypersd_export.graphs.attention import use_attention
         from hypersd_export.graphs.components import build_graph, component_config
         from hypersd_export.targets.coreml import convert
 
         progress(f"loading {self.component}")
         module, fused = open_source(self.source).load(self.component.source, torch.float32)
         config = component_config(self.component, module, self.shapes)
+        use_attention(module, self.attention)
         graph = build_graph(self.component, module, self.shapes, embedded_guidance=self.embedded_guidance)
         progress(f"converting {self.component}")
         built = convert.build(
