@@ -134,6 +134,23 @@ def feedback(
     distill("feedback", recipe, base, data, [*given, *(assignments or [])], out, resume, dry_run)
 
 
+@app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="The LoRA files, e.g. a few-step one and a feedback one.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    rank: Annotated[int, typer.Option(help="0: exact, ranks added; else the nearest LoRA of this rank (SVD).")] = 0,
+) -> None:
+    """Join LoRAs into one that does what all of them do together; plans, base and recipes stay in its metadata."""
+    _require("torch", "safetensors")
+    from trainer.merge import describe
+    from trainer.merge import merge as join
+
+    merged = join(parts, out, rank=rank)
+    for note in merged.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(describe(merged, out))
+
+
 def _distill_config(method: str, recipe: str, base: str, data: str, assignments: list[str]) -> "DistillConfig":
     """The recipe by this method, then --set, then --base and --data."""
     from dataclasses import replace
