@@ -40,13 +40,13 @@ class SplitEinsum:
         queries = _project(x, attn.to_q)
         keys, values = _project(context, attn.to_k).transpose(1, 3), _project(context, attn.to_v)
         width = queries.shape[1] // attn.heads
-        pieces = queries.split(_sizes(queries.shape[3], self.piece), dim=3)
+        pieces = torch.split(queries, _sizes(queries.shape[3], self.piece), dim=3)
         parts = [
             torch.cat([_head(q, k, v, attn.scale) for q in heads], dim=3)
             for heads, k, v in zip(
-                zip(*(piece.split(width, dim=1) for piece in pieces), strict=True),
-                keys.split(width, dim=3),
-                values.split(width, dim=1),
+                zip(*(torch.split(piece, width, dim=1) for piece in pieces), strict=True),
+                torch.split(keys, width, dim=3),
+                torch.split(values, width, dim=1),
                 strict=True,
             )
         ]
