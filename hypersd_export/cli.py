@@ -42,7 +42,9 @@ def export_command(
     ] = None,
     steps: Annotated[str | None, typer.Option(metavar="N[,N…]", help="Step counts; the first is the default.")] = None,
     timesteps: Annotated[str | None, typer.Option(metavar="T,T,…", help="Explicit timesteps, falling.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, tcd, lcm, euler, euler_ancestral or flow_euler.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, tcd, lcm, euler, euler_ancestral, flow_euler or apple-dpmpp.")
+    ] = None,
     eta: Annotated[float | None, typer.Option(help="Fresh noise of ddim and tcd, 0 to 1.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of u + w (c - u); up to 1 is none.")] = None,
     prediction_type: Annotated[str | None, typer.Option(help="epsilon, v_prediction, sample or flow.")] = None,

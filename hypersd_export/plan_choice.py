@@ -19,6 +19,7 @@ from hypersd_export.diffusion import (
     TimestepSpacing,
     plans_from_metadata,
 )
+from hypersd_export.diffusion.apple import APPLE_DPMPP, as_apple
 from hypersd_export.diffusion.presets import Preset, match_file_name
 from hypersd_export.diffusion.scheduler_config import plan_from_scheduler_config
 from hypersd_export.errors import OptionError
@@ -173,6 +174,9 @@ def _selected(origin: Origin, flags: PlanFlags) -> list[FewStepPlan]:
 
 def _override(plan: FewStepPlan, flags: PlanFlags, base: BaseClue) -> FewStepPlan:
     changes: dict[str, Any] = {}
+    if _is_apple(flags.scheduler):
+        _check_apple(flags)
+        plan = as_apple(plan)
     if flags.scheduler is not None:
         changes["solver"] = _solver(flags.scheduler)
         if changes["solver"] not in (Solver.DDIM, Solver.TCD):
@@ -204,11 +208,24 @@ def _guidance(scale: float, *, embedded: bool) -> Guidance:
     return Guidance(kind=GuidanceKind.EMBEDDED, scale=scale) if embedded else Guidance.of(scale)
 
 
+def _is_apple(name: str | None) -> bool:
+    return name is not None and name.replace("_", "-").lower() == APPLE_DPMPP
+
+
+def _check_apple(flags: PlanFlags) -> None:
+    for option, given in (("--timesteps", flags.timesteps), ("--eta", flags.eta)):
+        if given is not None:
+            raise OptionError(f"--scheduler {APPLE_DPMPP} with {option}: it has its own; leave {option} away")
+
+
 def _solver(name: str) -> Solver:
+    if _is_apple(name):
+        return Solver.DDIM
     try:
         return Solver(name.replace("-", "_").lower())
     except ValueError:
-        raise OptionError(f"--scheduler {name}: not one-step; choose from {', '.join(Solver)}") from None
+        known = ", ".join([*Solver, APPLE_DPMPP])
+        raise OptionError(f"--scheduler {name}: not one-step; choose from {known}") from None
 
 
 def _prediction_type(name: str) -> PredictionType:

@@ -1,5 +1,7 @@
 """Flags > LoRA metadata > file name > card > an error that asks; and the reason is told."""
 
+from dataclasses import replace
+
 import pytest
 
 from hypersd_export.diffusion import FewStepPlan, Guidance, GuidanceKind, PredictionType, Solver, plans_to_metadata
@@ -131,3 +133,18 @@ def test_describe():
     assert describe(FewStepPlan(solver=Solver.DDIM, num_steps=1)) == "1 step of ddim, eta 0, epsilon, no guidance"
     plan = FewStepPlan(solver=Solver.LCM, num_steps=1, timesteps=(800,), guidance=Guidance.of(2.5))
     assert describe(plan) == "1 step of lcm at 800, epsilon, guidance 2.5"
+
+
+def test_apples_scheduler_is_a_plan_of_up_to_three_steps():
+    files = [lora("Hyper-SD15-1step-lora.safetensors")]  # TCD with fresh noise
+    entry = default(PlanFlags(steps=(2,), scheduler="apple-dpmpp"), loras=files)
+    assert (entry.plan.solver, entry.plan.timesteps, entry.plan.eta) == (Solver.DDIM, (999, 500), 0.0)
+    assert entry.plan.set_alpha_to_one
+    assert entry.source.endswith("with --steps 2 --scheduler apple-dpmpp")
+    alone = default(PlanFlags(steps=(3, 1), scheduler="apple_dpmpp", guidance=2.0))
+    assert (alone.plan.timesteps, alone.plan.guidance) == ((999, 666, 333), Guidance.of(2.0))
+    with pytest.raises(PlanError, match="steps 4: apple-dpmpp has 1 to 3"):
+        default(PlanFlags(steps=(4,), scheduler="apple-dpmpp"))
+    for flags in (PlanFlags(steps=(1,), eta=0.5), PlanFlags(timesteps=(800,))):
+        with pytest.raises(OptionError, match=r"^--scheduler apple-dpmpp with --(eta|timesteps): it has its own"):
+            default(replace(flags, scheduler="apple-dpmpp"))
