@@ -204,9 +204,9 @@ def test_it_plays_the_very_steps_of_the_plan_and_says_what_the_picture_will_be(c
     ]
     for index in range(count):
         here = replace(draws, index=torch.full((4,), index))
-        torch.testing.assert_close(step.play(here, text), played[index], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(step.play(given, here), played[index], rtol=1e-4, atol=1e-4)
         expected = (seen[index][:, :3] / 2).clamp(-1, 1)
-        torch.testing.assert_close(step.pictures(text, here).detach(), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(step.pictures(given, here).detach(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_draws_are_a_function_of_the_step_and_cover_plans_and_steps():
@@ -224,7 +224,7 @@ def test_the_loss_is_the_hinge_of_the_pictures_and_its_gradient_makes_them_bette
     step, given = make(plans=PLANS[:1]), batch(4)
     draws = step.draw(0, SHAPE)
     out = step(given, draws)
-    before = step.pictures(given.conditioning, draws).mean((1, 2, 3)).detach()
+    before = step.pictures(given, draws).mean((1, 2, 3)).detach()
     torch.testing.assert_close(out.loss.detach(), 2 * (0.5 - before).clamp(min=0).mean())
     torch.testing.assert_close(out.logs["reward_clip"], before.mean())
     out.loss.backward()

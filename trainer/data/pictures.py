@@ -27,14 +27,14 @@ def read_picture(picture: Path | bytes, size_px: int) -> npt.NDArray[np.uint8]:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
             _check(image, Image.MAX_IMAGE_PIXELS)
             turned = ImageOps.exif_transpose(image)
-            square = _square(_opaque(turned), size_px)
+            cropped = square(_opaque(turned), size_px)
     except BadSample:
         raise
     except Image.DecompressionBombError as e:
         raise BadSample(Reason.TOO_MANY_PIXELS, str(e)) from e
     except Exception as e:  # a damaged file makes PIL's decoders raise nearly anything
         raise BadSample(Reason.UNREADABLE, (str(e).strip() or type(e).__name__).splitlines()[0][:160]) from e
-    return np.asarray(square)
+    return np.asarray(cropped)
 
 
 def _check(image: "Image", limit: int | None) -> None:
@@ -56,7 +56,8 @@ def _opaque(image: "Image") -> "Image":
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-def _square(image: "Image", size_px: int) -> "Image":
+def square(image: "Image", size_px: int) -> "Image":
+    """Shorter side to `size_px`, centre crop; BadSample for what is smaller. Masks are cropped with it too."""
     from PIL import Image
 
     short = min(image.size)

@@ -41,6 +41,30 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StructureConfig:
+    """Structure feedback beside the rewards (PeFL; `trainer.rewards.structure`), off without a model.
+
+    model: folder of a MaskFormer or Mask2Former of transformers (paper: SOLO). annotations: a JSON file in COCO's form
+    (paper: instances_train2017.json) whose pictures are the data's, by file name. share: of the batch, which begins
+    from a noised picture and not from noise, and is asked for its instances and not for its rewards. weight: of that
+    loss (paper: equal weights).
+    """
+
+    model: str = ""
+    annotations: str = ""
+    weight: float = 1.0
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if bool(self.model) != bool(self.annotations):
+            raise OptionError(
+                f"feedback.structure: model {self.model!r}, annotations {self.annotations!r}: takes both or neither"
+            )
+        if not 0 < self.share < 1 or self.weight <= 0:
+            raise OptionError(f"feedback.structure: share {self.share}, weight {self.weight}: in (0, 1), and above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FeedbackConfig:
     """Rewards, and where on the student's path they are asked.
 
@@ -52,6 +76,7 @@ class FeedbackConfig:
     rewards: tuple[RewardConfig, ...] = ()
     steps: tuple[int, ...] = ()
     span: tuple[float, float] = (0.0, 1.0)
+    structure: StructureConfig = field(default_factory=StructureConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from hypersd_export.errors import DataError, LoraError
+from hypersd_export.model.files import user_path
 from hypersd_export.model.lora import Delta, LoraFile, read_lora
 from trainer.base import TrainingBase, schedule_of
 from trainer.batch import Source
 from trainer.distill.config import DistillConfig, StageConfig
 from trainer.distill.engine import Engine
-from trainer.distill.feedback import FeedbackStep
+from trainer.distill.feedback import FeedbackStep, Structure
 from trainer.distill.feedback_config import Watch
 from trainer.distill.guard import Guard
 from trainer.distill.lora_file import plans_of
@@ -41,6 +42,7 @@ class Feedback:
         self._vae = base.load_vae(torch.float32).to(device)
         if config.gradient_checkpointing:
             self._vae.enable_gradient_checkpointing()
+        self._structure = self._open_structure(base, source, device)
         watch = config.feedback.guard.watch
         self._guard: Guard | None = None
         if watch is Watch.NONE or not engine.is_main:
@@ -57,8 +59,21 @@ class Feedback:
     def step(self, networks: Networks, stage: StageConfig, *, number: int) -> FeedbackStep:
         """The losses of the stage."""
         return FeedbackStep(
-            networks, self.config, stage, rewards=self.rewards, plans=self.plans, vae=self._vae, number=number
-        )
+            networks, self.config, stage, rewards=self.rewards, plans=self.plans, vae=self._vae,
+            structure=self._structure, number=number,
+        )  # fmt: skip
+
+    def _open_structure(self, base: TrainingBase, source: Source, device: torch.device) -> Structure | None:
+        """The segmenter, and the annotations of the pictures as the data crop them."""
+        settings = self.config.feedback.structure
+        if not settings.model:
+            return None
+        from trainer.data.coco import CocoInstances
+        from trainer.rewards.structure import InstanceLoss
+
+        loss = InstanceLoss(settings.model, device=device)
+        size_px = source.latent_shape[1] * base.model.vae_scale_factor
+        return Structure(loss, CocoInstances(user_path(settings.annotations), loss.classes, size_px))
 
     def look(self, done: int, of: int, networks: Networks, engine: Engine) -> tuple[dict[str, float], bool]:
         """After `done` of `of` updates: the guard's figures, if it is time for a look, and whether the run ends here,

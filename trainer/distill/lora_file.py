@@ -105,11 +105,13 @@ def public_recipe(config: DistillConfig) -> dict[str, Any]:
         for term in feedback.rewards
     ]
     guard = replace(feedback.guard, clip=told(feedback.guard.clip))
+    structure = feedback.structure
+    structure = replace(structure, model=told(structure.model), annotations=told(structure.annotations))
     recipe: dict[str, Any] = as_json(
         replace(
             config, base=told(config.base), init_lora=told(config.init_lora),
             data=replace(config.data, cache="", source=told(config.data.source)),
-            feedback=replace(feedback, rewards=tuple(rewards), guard=guard),
+            feedback=replace(feedback, rewards=tuple(rewards), guard=guard, structure=structure),
         )
     )  # fmt: skip
     return recipe
