@@ -1,4 +1,4 @@
-"""Structure feedback: the segmenter's own loss, COCO's polygons in cropped squares, a step that begins from a picture."""
+"""Structure feedback: the segmenter's own loss, COCO's polygons in cropped squares, a step from a picture."""
 
 import json
 from dataclasses import replace
