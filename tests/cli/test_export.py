@@ -149,7 +149,7 @@ def test_ctrl_c_is_one_line_and_130(tiny_base, out, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hypersd_export.export.run_verification", interrupt)
+        patch.setattr("hypersd_export.proof.run_verification", interrupt)
         result = run("--base", tiny_base, "--out", out, "--cache-dir", tmp_path / "cache", *STEPS)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("error: interrupted; ")

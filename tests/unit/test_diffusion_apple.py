@@ -106,7 +106,8 @@ def test_one_step_to_a_clean_sample_is_exact_without_being_asked_for():
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        (replace(DDIM, prediction_type=PredictionType.V_PREDICTION), "takes epsilon prediction, and the plan's is v_prediction"),
+        (replace(DDIM, prediction_type=PredictionType.V_PREDICTION),
+         "takes epsilon prediction, and the plan's is v_prediction"),
         (FewStepPlan(solver=Solver.FLOW_EULER, num_steps=2, prediction_type=PredictionType.FLOW,
                      schedule=FlowSchedule()), "takes epsilon prediction, and the plan's is flow"),
         (replace(DDIM, schedule=NoiseSchedule(beta_schedule=BetaSchedule.LINEAR)), "has the betas of Stable Diffusion"),
