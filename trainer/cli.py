@@ -134,6 +134,29 @@ def feedback(
     distill("feedback", recipe, base, data, [*given, *(assignments or [])], out, resume, dry_run)
 
 
+@app.command(name="all")
+def whole(
+    recipe: _Recipe = "builtin", base: _Base = "", data: _Data = "", assignments: _Set = None, out: _Out = None,
+    dry_run: _DryRun = False,
+) -> None:  # fmt: skip
+    """The whole method: TSCD, feedback, both merged, score distillation; run it again to go on where it was killed.
+
+    --set is for every part, or for one if it begins with its name: tscd.batch=32, feedback.…, score.…
+    """
+    _require("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+    from trainer.whole import configurations, run_all
+
+    configs = configurations(recipe, assignments or [], base=base, data=data)
+    if dry_run:
+        from trainer.distill.memory import dry_run as rehearse
+
+        typer.echo(json.dumps({part: rehearse(config) for part, config in configs.items()}, indent=1))
+        return
+    if out is None:
+        raise OptionError("--out is missing: name the folder of the run (only --dry-run goes without)")
+    run_all(configs, out, lambda config, folder: _distill(config, folder, "latest"), say=typer.echo)
+
+
 @app.command()
 def merge(
     parts: Annotated[list[Path], typer.Argument(help="The LoRA files, e.g. a few-step one and a feedback one.")],
