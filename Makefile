@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint install-demo install-dev peer-optimum clean
+.PHONY: demo test lint install-demo install-dev peer-optimum peer-openvino clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hypersd-export --target onnx --out $(OUT)/demo --overwrite
@@ -44,12 +44,13 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-# optimum-onnx pins an older transformers, so it lives in an environment of its own (benchmarks/peers/README.md).
+# Other projects' pins conflict with ours, so each lives in an environment of its own (benchmarks/peers/README.md).
 peer-optimum: .venv-peers/optimum/.done
-.venv-peers/optimum/.done: benchmarks/peers/optimum/requirements.txt
-	$(PYTHON) -m venv .venv-peers/optimum
-	.venv-peers/optimum/bin/python -m pip install --quiet $(TORCH_PIP) $(TORCH)
-	.venv-peers/optimum/bin/python -m pip install --quiet -r $<
+peer-openvino: .venv-peers/openvino/.done
+.venv-peers/%/.done: benchmarks/peers/%/requirements.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install --quiet $(TORCH_PIP) $(TORCH)
+	.venv-peers/$*/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 clean:

@@ -29,7 +29,8 @@ class Parts:
     """UNet, VAE, text encoder and tokenizer of a Stable Diffusion pipeline, all in float32.
 
     bf16: the UNet's matrix products and convolutions run in bfloat16 (autocast), twice as fast on many CPUs; latents,
-    the plan's arithmetic, text states and decoding stay in float32.
+    the plan's arithmetic, text states and decoding stay in float32. latents: (height, width) in cells, where that is
+    not the UNet's own size.
     """
 
     unet: Any
@@ -37,6 +38,7 @@ class Parts:
     text_encoder: Any
     tokenizer: Any
     bf16: bool = False
+    latents: tuple[int, int] | None = None
 
     @classmethod
     def load(cls, folder: Path, *, bf16: bool = False) -> "Parts":
@@ -70,7 +72,7 @@ class Parts:
         if plan.guidance.kind is GuidanceKind.EMBEDDED:
             raise PlanError(f"guidance embedded {plan.guidance.scale}: these networks have no input for it")
         size = self.unet.config.sample_size
-        shape = (self.unet.config.in_channels, size, size)
+        shape = (self.unet.config.in_channels, *(self.latents or (size, size)))
         guided = plan.guidance.kind is GuidanceKind.CFG
         empty = embed_captions(self.text_encoder, self.tokenizer, [""]) if guided else None
         batch, pictures = ROWS // 2 if guided else ROWS, []

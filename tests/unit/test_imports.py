@@ -86,7 +86,15 @@ def test_no_target_imports_another_but_tensorrt_may_use_onnx():
 
 @pytest.mark.parametrize(
     "module",
-    ["hypersd_export.cli", "hypersd_export.runtime.cli", "trainer.cli", "hypersd_export", "trainer", "benchmarks"],
+    [
+        "hypersd_export.cli",
+        "hypersd_export.runtime.cli",
+        "trainer.cli",
+        "benchmarks.bench.cli",
+        "hypersd_export",
+        "trainer",
+        "benchmarks",
+    ],
 )
 def test_import_is_free(module):
     """Importing a command line brings in none of the heavy packages (so `--help` is quick and works without them)."""

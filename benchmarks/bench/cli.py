@@ -1,0 +1,111 @@
+"""`hypersd-bench`: latency, quality, report, gate; the last line of standard output is one JSON object.
+
+Nothing heavy is imported at module level: `--help` must not wait for torch.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hypersd_export.cli import one_line_errors
+from hypersd_export.errors import OptionError, tolerate_any_text
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+Bundles = Annotated[list[Path], typer.Argument(help="Folders that hypersd-export wrote; the first is the reference.")]
+Out = Annotated[Path | None, typer.Option(help="A folder for the report's parts.")]
+Versus = Annotated[
+    list[str] | None, typer.Option(help="Compare with these too: torch, compile, teacher, optimum, openvino.")
+]
+Steps = Annotated[int | None, typer.Option(help="Which plan of the bundles; the first if not given.")]
+RuntimeName = Annotated[str | None, typer.Option(help="onnx, tensorrt or coreml; each bundle's first target.")]
+Provider = Annotated[str | None, typer.Option(help="onnxruntime's: cpu (the default), cuda, …")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where finished work is kept (default: the XDG cache).")]
+Base = Annotated[str | None, typer.Option(help="Where the bundle's base is now, for --vs.")]
+Unet = Annotated[str | None, typer.Option(help="Where its other UNet is now.")]
+Vae = Annotated[str | None, typer.Option(help="Where its other VAE is now.")]
+Lora = Annotated[list[str] | None, typer.Option(metavar="FILE", help="Where its LoRA is now; repeatable.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of everybody (default: all cores).")]
+
+
+@app.callback()
+def bench() -> None:
+    """Measure exported bundles: how fast, how good, against what."""
+
+
+@app.command()
+def latency(
+    bundle: Bundles,
+    vs: Versus = None,
+    steps: Steps = None,
+    batch: Annotated[str | None, typer.Option(metavar="N[,N…]", help="Pictures at once, beside one.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed pictures of each; p99 wants a hundred.")] = 100,
+    sessions: Annotated[int, typer.Option(help="How often everybody is started anew.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Pictures for nothing in each session.")] = 3,
+    prompt: Annotated[str | None, typer.Option(help="What is drawn (default: the golden picture's).")] = None,
+    runtime: RuntimeName = None,
+    provider: Provider = None,
+    threads: Threads = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that one answer may take.")] = 1800.0,
+    base: Base = None,
+    unet: Unet = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    cache_dir: CacheDir = None,
+    out: Out = None,
+) -> None:
+    """Time bundles, and what they are compared with, in turn: cold start, warm percentiles, throughput, memory."""
+    with one_line_errors(out, cache_dir):
+        from benchmarks.bench.commands import Selection, run_latency
+        from benchmarks.bench.latency import Options
+        from benchmarks.bench.machine import available_cores
+        from benchmarks.bench.weights import Places
+        from hypersd_export.spec import parse_ints
+
+        options = Options(
+            rounds=rounds, sessions=sessions, warmup=warmup, batches=parse_ints("--batch", batch) or (),
+            threads=threads or available_cores(), timeout=timeout,
+        )  # fmt: skip
+        selection = Selection(
+            bundles=tuple(bundle), versus=tuple(vs or ()), steps=steps, runtime=runtime, provider=provider,
+            places=Places(base=base, unet=unet, vae=vae, loras=tuple(lora or ())), cache_dir=cache_dir,
+        )  # fmt: skip
+        report = run_latency(selection, options, prompt=prompt, out=out, command=command_line())
+        finish(report)
+        failed = [row["name"] for row in report["entrants"] if row["status"] == "failed"]
+        if failed or not any(row["status"] == "measured" for row in report["entrants"]):
+            raise typer.Exit(1)
+
+
+def finish(report: dict[str, Any]) -> None:
+    """The last line of standard output."""
+    typer.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))
+
+
+def command_line() -> list[str]:
+    """What was called, for the report: with the folders of this machine's paths left out."""
+    return ["hypersd-bench", *(shortened(argument) for argument in sys.argv[1:])]
+
+
+def shortened(argument: str) -> str:
+    """An absolute path is its last part; all else is itself."""
+    return Path(argument).name if argument.startswith(("/", "~")) else argument
+
+
+def check_out(out: Path | None) -> None:
+    """`OptionError` for an --out that is a file."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise OptionError(f"--out {out}: is a file; name a folder")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    tolerate_any_text()
+    app()
+
+
+if __name__ == "__main__":
+    main()

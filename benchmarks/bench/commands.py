@@ -1,0 +1,86 @@
+"""What the subcommands of `hypersd-bench` do: open, measure, print tables, write the parts of the report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench import figures, machine, tables
+from benchmarks.bench.entrants import (
+    OpenBundle,
+    Versus,
+    bundle_entrant,
+    golden_prompt,
+    open_bundles,
+    speed_entrant,
+)
+from benchmarks.bench.latency import Options, race
+from benchmarks.bench.weights import Places
+from benchmarks.bench.work import unet_work
+from hypersd_export.bundle.cache import StageCache, default_cache_dir
+from hypersd_export.bundle.disk import write_atomic
+from hypersd_export.errors import OptionError
+
+LATENCY_FILE, QUALITY_FILE = "latency.json", "quality.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Which bundles, run how, against whom."""
+
+    bundles: tuple[Path, ...]
+    versus: tuple[str, ...] = ()
+    steps: int | None = None
+    runtime: str | None = None
+    provider: str | None = None
+    places: Places = field(default_factory=Places)
+    cache_dir: Path | None = None
+
+    @property
+    def cache(self) -> Path:
+        """The folder of everything that is kept."""
+        return self.cache_dir or default_cache_dir()
+
+    def open(self) -> list[OpenBundle]:
+        """See `open_bundles`."""
+        if len(set(self.versus)) != len(self.versus):
+            raise OptionError(f"--vs {' --vs '.join(self.versus)}: name each once")
+        return open_bundles(self.bundles, runtime=self.runtime, provider=self.provider, steps=self.steps)
+
+
+def run_latency(
+    selection: Selection, options: Options, *, prompt: str | None, out: Path | None, command: Sequence[str]
+) -> dict[str, Any]:
+    """The latency report, written to `out`/latency.json and printed as a table."""
+    bundles = selection.open()
+    prompt = golden_prompt(bundles[0]) if prompt is None else prompt
+    described, energy = machine.describe(options.threads), machine.Energy.find()
+    with tables.Progress() as progress:
+        versus = Versus(
+            first=bundles[0], prompt=prompt, threads=options.threads, places=selection.places,
+            cache=StageCache(selection.cache), tell=progress.tell,
+        )  # fmt: skip
+        entrants = [bundle_entrant(bundle, prompt=prompt, threads=options.threads) for bundle in bundles]
+        entrants += [versus.entrant(kind) for kind in selection.versus]
+        speed = speed_entrant(options.threads)
+        times = race([*entrants, speed], options, energy, tell=progress.tell)
+        work = {bundle.name: unet_work(bundle.path, bundle.manifest) for bundle in bundles}
+        work[""] = work[bundles[0].name]
+        described["load_after"], described["clocks_after"] = machine.load(), machine.clocks()
+        report = figures.report(
+            entrants, times, options, speed=times.get(speed.name), work=work, energy=energy, machine=described,
+            prompt=prompt, command=command,
+        )  # fmt: skip
+        progress.table("Latency", tables.LATENCY_HEAD, tables.latency_rows(report))
+        for line in tables.not_measured(report):
+            progress.note(line)
+    write_part(out, LATENCY_FILE, report)
+    return report
+
+
+def write_part(out: Path | None, name: str, report: dict[str, Any]) -> None:
+    """A part of the report, where one is wanted."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / name, (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -1,0 +1,93 @@
+"""What a figure was measured on: processor, memory, clocks, load, versions; and energy, where the system counts it."""
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypersd_export.job import tool_versions
+
+POWERCAP = Path("/sys/class/powercap")
+FREQUENCIES = Path("/sys/devices/system/cpu")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """The machine as plain JSON; what it does not tell is None."""
+    memory = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    return {
+        "cpu": cpu_name(), "architecture": platform.machine(), "cores": os.cpu_count(),
+        "usable_cores": available_cores(), "threads": threads, "memory_gb": memory,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(), "versions": tool_versions(), "clocks": clocks(), "load": load(),
+    }  # fmt: skip
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's own name."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def clocks(cpuinfo: Path = Path("/proc/cpuinfo"), frequencies: Path = FREQUENCIES) -> dict[str, Any]:
+    """MHz of every core now, and the governor."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    governor = frequencies / "cpu0" / "cpufreq" / "scaling_governor"
+    return {
+        "mhz": [round(float(value)) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", text, re.MULTILINE)] or None,
+        "governor": governor.read_text(encoding="ascii").strip() if governor.is_file() else None,
+    }
+
+
+def load() -> list[float] | None:
+    """Runnable processes on average over 1, 5 and 15 minutes: what else the machine was doing."""
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """Linux's count of a package's energy (RAPL), of all processes together; `reason` where there is none."""
+
+    zones: tuple[Path, ...]
+    reason: str = ""
+
+    @classmethod
+    def find(cls, root: Path = POWERCAP) -> "Energy":
+        """The packages' zones, without the parts that they contain."""
+        if not root.is_dir():
+            return cls((), "this system has no /sys/class/powercap")
+        zones = tuple(sorted(path for path in root.glob("*-rapl:*") if path.name.count(":") == 1))
+        if not zones:
+            return cls((), "no RAPL zone under /sys/class/powercap")
+        try:
+            for zone in zones:
+                (zone / "energy_uj").read_text(encoding="ascii")
+        except OSError as error:
+            return cls((), f"energy_uj cannot be read ({error.strerror}); it is root's on most systems")
+        return cls(zones)
+
+    def read(self) -> tuple[int, ...]:
+        """The counters in microjoules."""
+        return tuple(int((zone / "energy_uj").read_text(encoding="ascii")) for zone in self.zones)
+
+    def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float:
+        """Between two readings; a counter that has begun again at 0 is taken for one that went round once."""
+        total = 0
+        for zone, first, last in zip(self.zones, before, after, strict=True):
+            span = int((zone / "max_energy_range_uj").read_text(encoding="ascii")) if last < first else 0
+            total += last - first + span
+        return total / 1e6

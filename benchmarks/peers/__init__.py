@@ -1,0 +1,1 @@
+"""Other projects' tools, each in an environment of its own (README.md)."""

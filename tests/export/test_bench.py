@@ -1,0 +1,91 @@
+"""`hypersd-bench` on a bundle that was exported: the same weights in torch draw the same picture, in the same race."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.bench import peers
+from benchmarks.bench.cli import app
+from benchmarks.bench.weights import Places, source_of
+from hypersd_export.bundle.cache import StageCache
+from hypersd_export.export import Exported
+from hypersd_export.verify.source import SourceRequest, open_source
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_latency_of_a_bundle_and_of_torch(exported: Exported, tiny_base: Path, tmp_path: Path) -> None:
+    options = ["--rounds", "2", "--sessions", "1", "--warmup", "0", "--threads", "1", "--base", str(tiny_base)]
+    arguments = ["latency", str(exported.path), "--vs", "torch", *options, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "out" / "latency.json").read_text()) == report
+    bundle, torch = report["entrants"]
+    assert (bundle["name"], torch["name"], report["reference"]) == ("tiny", "torch", "tiny")
+    assert bundle["digest"] == exported.digest
+    for row in (bundle, torch):
+        assert row["status"] == "measured", row
+        assert set(row["components_ms"]) == {"text_encoder", "unet", "vae_decoder"}
+        assert row["image_ms"]["count"] == 2
+        assert 20 < row["peak_mb"] < 2000
+        assert row["roofline"]["of_gemm"] > 0
+    assert torch["picture_psnr_db"] > 50
+    assert torch["ratio"]["value"] > 0
+    assert report["peak"]["gemm_gflop_per_s"] > 1
+    assert str(tmp_path) not in json.dumps(report)
+
+
+def test_a_fused_pipeline_is_what_diffusers_reads(lora_exported: Exported, tiny_base: Path, lora_file: Path,
+                                                  tmp_path: Path) -> None:  # fmt: skip
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import load_file
+
+    places = Places(base=str(tiny_base), loras=(str(lora_file),))
+    source = source_of(lora_exported.path, places)
+    assert source.loras[0][1] == 0.8
+    stage = peers.fused_pipeline(source, StageCache(tmp_path / "stages"))
+    pipeline = StableDiffusionPipeline.from_pretrained(stage.path)
+    names = load_file(stage.path / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)  # as transformers 4 has them
+    for name in ("unet", "text_encoder", "vae"):
+        mine = getattr(pipeline, name).state_dict()
+        fused = source.load(name, torch.float32)[0].state_dict()
+        assert all(torch.equal(mine[key], value) for key, value in fused.items())
+    plain = open_source(SourceRequest(base=str(tiny_base))).load("unet", torch.float32)[0].state_dict()
+    assert any(not torch.equal(pipeline.unet.state_dict()[key], value) for key, value in plain.items())
+    golden = json.loads((lora_exported.path / "golden" / "golden.json").read_text())
+    ids = pipeline.tokenizer(golden["prompt"], padding="max_length").input_ids
+    assert ids == np.load(lora_exported.path / "golden" / "prompt_ids.npy").ravel().tolist()
+
+
+def test_errors_are_one_line(exported: Exported, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for arguments, message in (
+        (["latency", str(tmp_path / "none")], "error: no bundle at"),
+        (["latency", str(exported.path), "--rounds", "0"], "error: --rounds 0 --sessions 5: at least one round"),
+        (["latency", str(exported.path), "--vs", "x"], "error: --vs x: choose from torch"),
+        (["latency", str(exported.path), "--vs", "torch", "--vs", "torch"], "error: --vs torch --vs torch: name each"),
+        (["latency", str(exported.path), "--batch", "a"], "error: --batch"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1, arguments
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_a_changed_bundle_is_one_line(exported: Exported, tmp_path: Path) -> None:
+    copy = shutil.copytree(exported.path, tmp_path / "copy")
+    (copy / "plan.json").write_text("{}")
+    result = CliRunner().invoke(app, ["latency", str(copy)])
+    assert result.exit_code == 1
+    assert "is not what was exported: plan.json was changed; export it again" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
