@@ -2,61 +2,118 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hypersd_export.build import Artifacts, Built, Workshop, build_notes
+from hypersd_export.bundle.apple_note import resources_note
 from hypersd_export.bundle.cache import Stage
-from hypersd_export.coreml_worker import Conversion, run_apart
+from hypersd_export.coreml_worker import Conversion, Playing, Task, run_apart
+from hypersd_export.diffusion.apple import plays_exactly
 from hypersd_export.graphs.spec import Component
-from hypersd_export.job import code_digests
+from hypersd_export.job import GOLDEN_SEED, Job, code_digests
+from hypersd_export.runtime.ports import Port, Ports
+from hypersd_export.spec import CoreMLFlags
 from hypersd_export.targets import Target
 from hypersd_export.targets.coreml import vendor
 
+APPLE_NAMES = {
+    Component.TEXT_ENCODER: "TextEncoder",
+    Component.UNET: "Unet",
+    Component.VAE_DECODER: "VAEDecoder",
+    Component.VAE_ENCODER: "VAEEncoder",
+}
+"""What Apple's runtime calls the compiled models."""
+APPLE_PORTS: Mapping[str, Ports] = {
+    Component.TEXT_ENCODER.value: {"pooler_output": Port(name="pooled_outputs")},
+    Component.UNET.value: {
+        "encoder_hidden_states": Port(name="encoder_hidden_states", axes=(0, 2, None, 1)),
+        "out_sample": Port(name="noise_pred"),
+    },
+    Component.VAE_DECODER.value: {"latent_sample": Port(name="z"), "sample": Port(name="image")},
+    Component.VAE_ENCODER.value: {"sample": Port(name="x"), "latent_parameters": Port(name="latent")},
+}
+"""Where our inputs and outputs lie in packages of Apple's layout (`graphs.apple`)."""
+RESOURCES = "Resources"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packages:
+    """The stages of one export's packages: `COMPONENT.mlpackage`, config.json and build.json in each."""
+
+    flags: CoreMLFlags
+    stages: Mapping[Component, Stage]
+
+    @property
+    def names(self) -> dict[Component, str]:
+        """Each component's package in the bundle."""
+        apple = self.flags.layout == "apple"
+        return {c: f"{c}/{APPLE_NAMES[c] if apple else c}.mlpackage" for c in self.stages}
+
+    @property
+    def ports(self) -> Mapping[str, Ports]:
+        """Where our inputs and outputs lie, by component; {} where they have our names."""
+        return APPLE_PORTS if self.flags.layout == "apple" else {}
+
+    def files(self) -> dict[str, Path]:
+        """What a bundle gets, by its name there."""
+        found = {name: self.stages[c].path / f"{c}.mlpackage" for c, name in self.names.items()}
+        return found | {f"{c}/config.json": stage.path / "config.json" for c, stage in self.stages.items()}
+
 
 def coreml_target(workshop: Workshop) -> Built:
-    """Packages of the components, the configs beside them."""
+    """Packages of the components, the configs beside them; with Apple's layout its Resources folder too."""
     job = workshop.job
     flags, precision = job.spec.coreml, job.spec.precision_of(Target.COREML)
     workshop.clock.reporter.note(
         f"Core ML: coremltools {vendor.version()} for {flags.deployment_target}, {flags.layout} layout, "
         f"{flags.attention} attention"
     )
-    stages = {component: package_stage(workshop, component) for component in job.components}
-    notes = {component: build_notes(stage) for component, stage in stages.items()}
-    files = {f"{c}/{name}": s.path / name for c, s in stages.items() for name in (f"{c}.mlpackage", "config.json")}
+    packages = Packages(
+        flags=flags, stages={component: package_stage(workshop, component) for component in job.components}
+    )
+    files, extra = packages.files(), {}
+    if flags.layout == "apple":
+        plays = played(workshop)
+        resources = resources_stage(workshop, packages, plays)
+        files |= {f"{RESOURCES}/{path.name}": path for path in sorted(resources.path.iterdir())}
+        extra = {"played_by_apple": {str(steps): "exact" if db is None else db for steps, db in plays.items()}}
     return Built(
         target=Target.COREML,
         precision=precision,
         files=files,
-        record=record(workshop, {c.value: note["built"] for c, note in notes.items()}, notes),
+        record=record(job, packages) | extra,
         artifacts=(
             Artifacts(
                 target=Target.COREML,
                 precision=precision,
                 published=True,
-                components={component: stage.path for component, stage in stages.items()},
-                keys={component.value: stage.key for component, stage in stages.items()},
+                components={component: stage.path for component, stage in packages.stages.items()},
+                keys={component.value: stage.key for component, stage in packages.stages.items()},
                 files=files,
+                ports=packages.ports,
             ),
         ),
     )
 
 
-def record(
-    workshop: Workshop, components: Mapping[str, Mapping[str, Any]], notes: Mapping[Component, Mapping[str, Any]]
-) -> dict[str, Any]:
+def record(job: Job, packages: Packages) -> dict[str, Any]:
     """What the manifest says: options, each package's figures, and the proof of every fusion."""
-    flags = workshop.job.spec.coreml
+    flags, notes = packages.flags, {component: build_notes(stage) for component, stage in packages.stages.items()}
     return {
-        "precision": workshop.job.spec.precision_of(Target.COREML),
+        "precision": job.spec.precision_of(Target.COREML),
         "coremltools": vendor.version(),
         "deployment_target": flags.deployment_target,
         "layout": flags.layout,
         "attention": flags.attention,
         "compute_units": flags.compute_units,
         "components": {
-            name: {"packages": [f"{name}/{name}.mlpackage"], **figures} for name, figures in components.items()
+            c.value: {"packages": [packages.names[c]], **note["built"]} for c, note in notes.items()
+        },
+        "ports": {
+            component: {name: port.to_json() for name, port in ports.items()}
+            for component, ports in packages.ports.items()
         },
         "fused": [report for component, note in notes.items() if component is not Component.VAE_ENCODER
                   for report in note["fused"]],
@@ -79,8 +136,7 @@ def package_stage(workshop: Workshop, component: Component) -> Stage:
 
     def build(folder: Path) -> None:
         workshop.check_loras()
-        notes = run_apart(conversion, folder, progress=workshop.clock.reporter.detail)
-        (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
+        apart(workshop, conversion, folder, "build.json")
 
     depends = {
         **job.component_depends(Target.COREML, component),
@@ -91,3 +147,58 @@ def package_stage(workshop: Workshop, component: Component) -> Stage:
         "worker": code_digests(("coreml_worker.py",)),
     }
     return workshop.stage(f"coreml-{component}", depends, build)
+
+
+def apart(workshop: Workshop, task: Task, folder: Path, file: str) -> None:
+    """Do a task in a process of its own; what it returns is written into `folder` too."""
+    found = run_apart(task, folder, progress=workshop.clock.reporter.detail)
+    (folder / file).write_text(json.dumps(found), encoding="utf-8")
+
+
+def played(workshop: Workshop) -> dict[int, float | None]:
+    """How Apple's scheduler plays each plan: None is exactly, else the PSNR in dB of the picture, which is told."""
+    job = workshop.job
+    plays: dict[int, float | None] = {
+        entry.steps: None if plays_exactly(entry.plan) else 0.0 for entry in job.plans.entries
+    }
+    if None in plays.values() and len(set(plays.values())) == 1:
+        return plays
+    asked = Playing(source=job.request, plans=job.plans, shapes=job.shapes, prompt=job.prompt, seed=GOLDEN_SEED)
+    depends = {**job.verify_depends({}, "fp32", 0.0), "worker": code_digests(("coreml_worker.py",))}
+    stage = workshop.stage("coreml-played", depends, lambda folder: apart(workshop, asked, folder, "played.json"))
+    found = json.loads((stage.path / "played.json").read_text(encoding="utf-8"))
+    for steps, db in found.items():
+        workshop.clock.reporter.note(
+            f"{steps} steps as Apple's scheduler plays them: the picture is {db:.1f} dB from the plan's"
+        )
+    return plays | {int(steps): db for steps, db in found.items()}
+
+
+def resources_stage(workshop: Workshop, packages: Packages, plays: Mapping[int, float | None]) -> Stage:
+    """The stage of Apple's Resources folder: vocab.json, merges.txt, and a README on compiling and calling."""
+    job = workshop.job
+    base, plan = job.source.base, job.plans.default.plan
+    facts = {
+        "packages": list(packages.names.values()),
+        "units": packages.flags.compute_units,
+        "guidance": plan.guidance.scale if job.shapes.unet_batch > job.shapes.batch else 1.0,
+        "scale": job.wiring.scaling_factor,
+        "shift": job.wiring.shift_factor,
+        "plays": dict(plays),
+        "pad": base.tokenizer.pad,
+        "channels": job.shapes.channels,
+    }
+
+    def build(folder: Path) -> None:
+        base.write_tokenizer(folder)
+        for path in folder.iterdir():
+            if path.name not in ("vocab.json", "merges.txt"):
+                path.unlink()
+        (folder / "README.md").write_text(resources_note(facts), encoding="utf-8")
+
+    depends = {
+        "base": base.digest,
+        "facts": {**facts, "plays": [list(item) for item in plays.items()]},
+        "code": code_digests(("model", "bundle/apple_note.py")),
+    }
+    return workshop.stage("coreml-resources", depends, build)

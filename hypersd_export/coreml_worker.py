@@ -1,8 +1,8 @@
-"""`python -m hypersd_export.coreml_worker request.json`: one Core ML package, made in a process of its own.
+"""`python -m hypersd_export.coreml_worker request.json`: what the Core ML target does in processes of their own.
 
 A conversion holds the torch module, its weights in coremltools' program and their halves; all of it is given back when
-the process ends, and what coremltools prints stays here. Writes the package beside the request's other files, and
-`report.json`; lines on standard output say how far it is.
+the process ends, and what coremltools prints stays here. Results are written beside the request, and `report.json`;
+lines on standard output say how far it is.
 """
 
 import contextlib
@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
+from hypersd_export.diffusion import PlanFile
 from hypersd_export.errors import BuildError
 from hypersd_export.graphs.spec import Component, Shapes
 from hypersd_export.verify.source import SourceRequest, open_source
@@ -21,6 +22,24 @@ from hypersd_export.worker import reported_error, run_worker, serve, why_died
 MODULE = "hypersd_export.coreml_worker"
 REPORT, REQUEST = "report.json", "request.json"
 Progress = Callable[[str], None]
+
+
+class Task(Protocol):
+    """Plain data that travels as JSON, and what is done with it."""
+
+    @property
+    def what(self) -> str:
+        """What comes of it, in words."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+
+    def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """Do it, writing files into `folder`; returns figures as plain JSON. Raises `HypersdError`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +58,19 @@ class Conversion:
     layout: str
     embedded_guidance: float | None = None
 
+    @property
+    def what(self) -> str:
+        """See `Task`."""
+        return f"the package of {self.component}"
+
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """See `Task`."""
         return {**{name: getattr(self, name) for name in self.__slots__}, "source": self.source.to_json(),
                 "shapes": asdict(self.shapes)}  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Conversion":
-        """Read what `to_json` wrote."""
+        """See `Task`."""
         read = {
             "source": SourceRequest.from_json(data["source"]),
             "shapes": Shapes(**data["shapes"]),
@@ -55,12 +79,10 @@ class Conversion:
         return cls(**{**data, **read})
 
     def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
-        """Load → fuse → graph → package; returns what build.json says: the package's figures, and the fusion's proof.
-
-        Raises `HypersdError`.
-        """
+        """Load → fuse → graph → package; returns what build.json says: the package's figures, the fusion's proof."""
         import torch
 
+        from hypersd_export.graphs.apple import as_apple
         from hypersd_export.graphs.attention import use_attention
         from hypersd_export.graphs.components import build_graph, component_config
         from hypersd_export.targets.coreml import convert
@@ -70,27 +92,71 @@ class Conversion:
         config = component_config(self.component, module, self.shapes)
         use_attention(module, self.attention)
         graph = build_graph(self.component, module, self.shapes, embedded_guidance=self.embedded_guidance)
+        graph = as_apple(graph) if self.layout == "apple" else convert.plain(graph)
         progress(f"converting {self.component}")
         built = convert.build(
-            convert.plain(graph), folder / f"{self.component}.mlpackage", precision=self.precision,
+            graph, folder / f"{self.component}.mlpackage", precision=self.precision,
             deployment_target=self.deployment_target,
         )  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return {"built": built, "fused": fused}
 
 
-def run_apart(conversion: Conversion, folder: Path, *, progress: Progress) -> dict[str, Any]:
-    """`conversion.run(folder)` in a process of its own.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Playing:
+    """How far the plans' pictures are from what Apple's scheduler makes of them, where it only comes near."""
+
+    source: SourceRequest
+    plans: PlanFile
+    shapes: Shapes
+    prompt: str
+    seed: int
+
+    @property
+    def what(self) -> str:
+        """See `Task`."""
+        return "the plans as Apple's scheduler plays them"
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {"source": self.source.to_json(), "plans": self.plans.to_json(), "shapes": asdict(self.shapes),
+                "prompt": self.prompt, "seed": self.seed}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Playing":
+        """See `Task`."""
+        read = {
+            "source": SourceRequest.from_json(data["source"]),
+            "plans": PlanFile.from_json(data["plans"]),
+            "shapes": Shapes(**data["shapes"]),
+        }
+        return cls(**{**data, **read})
+
+    def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """See `Task`; PSNR in dB by step count."""
+        del folder
+        from hypersd_export.verify.apple import psnr_as_played
+
+        progress("drawing as Apple's scheduler does")
+        found = psnr_as_played(open_source(self.source), self.plans, self.shapes, prompt=self.prompt, seed=self.seed)
+        return {str(steps): db for steps, db in found.items()}
+
+
+TASKS: Mapping[str, type[Task]] = {task.__name__: task for task in (Conversion, Playing)}
+
+
+def run_apart(task: Task, folder: Path, *, progress: Progress) -> dict[str, Any]:
+    """`task.run(folder)` in a process of its own.
 
     Raises what that raises, or `BuildError` for a process that ended without a report.
     """
     request, report = folder / REQUEST, folder / REPORT
-    request.write_text(json.dumps(conversion.to_json()), encoding="utf-8")
-    what = f"the package of {conversion.component}"
+    request.write_text(json.dumps({"task": type(task).__name__, "asked": task.to_json()}), encoding="utf-8")
 
     def failure(code: int, log: str) -> BuildError:
         said = "\n".join(line for line in log.splitlines() if "passes/s]" not in line and "ops/s]" not in line)
-        return BuildError(why_died(what, code, said, way_out="try --target onnx, and report this with the options"))
+        way_out = "try --target onnx, and report this with the options"
+        return BuildError(why_died(task.what, code, said, way_out=way_out))
 
     found = run_worker(MODULE, request, report, progress=progress, failure=failure)
     request.unlink()
@@ -101,13 +167,13 @@ def run_apart(conversion: Conversion, folder: Path, *, progress: Progress) -> di
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read the request, convert beside it, write the report."""
+    """Read the request, do it, write the report."""
     path = Path((sys.argv[1:] if arguments is None else arguments)[0])
-    conversion = Conversion.from_json(json.loads(path.read_text(encoding="utf-8")))
-    out = sys.stdout
+    request = json.loads(path.read_text(encoding="utf-8"))
+    task, out = TASKS[request["task"]].from_json(request["asked"]), sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what the libraries print is no progress
         return serve(
-            lambda: conversion.run(path.parent, lambda text: print(text, file=out, flush=True)), path.parent / REPORT
+            lambda: task.run(path.parent, lambda text: print(text, file=out, flush=True)), path.parent / REPORT
         )
 
 

@@ -13,10 +13,11 @@ from hypersd_export import __version__
 from hypersd_export.bundle.cache import StageCache, default_cache_dir
 from hypersd_export.bundle.digest import digest_tree, sha256_file
 from hypersd_export.diffusion import LORA_METADATA_KEY, GuidanceKind, PlanFile
-from hypersd_export.errors import MissingBackend, OptionError
+from hypersd_export.diffusion.apple import APPLE_DPMPP, MAX_EXACT_STEPS, apple_timesteps, plays_exactly
+from hypersd_export.errors import MissingBackend, OptionError, PlanError
 from hypersd_export.graphs.spec import Component, Shapes, resolve_shapes
 from hypersd_export.model.files import public_name
-from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, lora_origin
+from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, describe, lora_origin
 from hypersd_export.refit import check_same_base
 from hypersd_export.spec import BUILTIN, ExportSpec, PlanFlags
 from hypersd_export.targets import Target
@@ -196,6 +197,8 @@ def open_job(spec: ExportSpec) -> Job:
     if spec.single_graph:
         plans = PlanFile(entries=plans.entries[:1])
     check_one_unet(plans)
+    if spec.coreml.layout == "apple":
+        check_apple_plays(plans, approximate=spec.coreml.approximate)
     cfg = any(entry.plan.guidance.kind is GuidanceKind.CFG for entry in plans.entries)
     return Job(
         spec=spec,
@@ -287,6 +290,23 @@ def _card() -> dict[str, Any]:
 def _clue(lora: Any) -> LoraClue:
     """What a LoRA says about its plan; the folders above its file matter where the file's own name is generic."""
     return LoraClue(name=lora.path.name, path=str(lora.path.resolve()), plan_json=lora.metadata.get(LORA_METADATA_KEY))
+
+
+def check_apple_plays(plans: PlanFile, *, approximate: bool) -> None:
+    """`OptionError` for a plan that Apple's scheduler cannot play, or only comes near where that is not `approximate`
+    enough."""
+    for entry in plans.entries:
+        said = f"--layout apple with {describe(entry.plan)}"
+        try:
+            exact = plays_exactly(entry.plan)
+        except PlanError as error:
+            raise OptionError(f"{said}: {error}") from None
+        if not exact and not approximate:
+            times = ", ".join(map(str, apple_timesteps(entry.steps)))
+            raise OptionError(
+                f"{said}: Apple's scheduler only comes near it (at {times}); use --scheduler {APPLE_DPMPP} with 1 to "
+                f"{MAX_EXACT_STEPS} steps, or --allow-approximate-schedule"
+            )
 
 
 def check_one_unet(plans: PlanFile) -> None:

@@ -3,6 +3,7 @@
 Deliberately not through `hypersd_export.graphs`: a wrapper that forgot `post_quant_conv` would agree with itself.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,25 @@ def unet_output(unet: Any, sample: Float, t: float, states: Float, guidance: Gui
     return out.float().numpy()
 
 
+def network(
+    unet: Any, guidance: Guidance, *, cond: Float, uncond: Float | None
+) -> Callable[[npt.NDArray[Any], float], Float]:
+    """The function (latents [1, C, h, w], timestep) → prediction; text states are [1, S, C].
+
+    With `uncond` the output is u + w (c - u), both branches in one call.
+    """
+
+    def net(x: npt.NDArray[Any], t: float) -> Float:
+        x = x.astype(np.float32)
+        if uncond is None:
+            return unet_output(unet, x, t, cond, guidance)
+        u, c = np.split(unet_output(unet, np.concatenate([x, x]), t, np.concatenate([uncond, cond]), guidance), 2)
+        mixed: Float = u + np.float32(guidance.scale) * (c - u)
+        return mixed
+
+    return net
+
+
 def denoise(
     unet: Any,
     table: StepTable,
@@ -44,24 +64,13 @@ def denoise(
     seed: int,
     shape: tuple[int, int, int],
 ) -> Float:
-    """Latents [1, C, h, w] of image 0 of `seed`, from its noise, by the table; text states are [1, S, C].
-
-    With `uncond` the output is u + w (c - u), both branches in one call.
-    """
-
-    def net(x: Float, t: float) -> Float:
-        x = x.astype(np.float32)
-        if uncond is None:
-            return unet_output(unet, x, t, cond, guidance)
-        u, c = np.split(unet_output(unet, np.concatenate([x, x]), t, np.concatenate([uncond, cond]), guidance), 2)
-        mixed: Float = u + np.float32(guidance.scale) * (c - u)
-        return mixed
+    """Latents [1, C, h, w] of image 0 of `seed`, from its noise, by the table; the rest as for `network`."""
 
     def fresh(stream: int) -> Float:
         return step_noise(seed=seed, index=0, step=stream, shape=shape)[None]
 
     start = np.float32(table.init_noise_sigma) * initial_noise(seed=seed, index=0, shape=shape)[None]
-    latents: Float = run(table, net, start, step_noise=fresh)
+    latents: Float = run(table, network(unet, guidance, cond=cond, uncond=uncond), start, step_noise=fresh)
     return latents.astype(np.float32)
 
 

@@ -139,7 +139,7 @@ def test_what_a_library_prints_is_no_progress(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(coreml_worker.Conversion, "run", run)
     monkeypatch.setattr(coreml_worker.Conversion, "from_json", classmethod(lambda cls, data: object.__new__(cls)))
-    (tmp_path / "request.json").write_text("{}")
+    (tmp_path / "request.json").write_text('{"task": "Conversion", "asked": {}}')
     assert coreml_worker.main([str(tmp_path / "request.json")]) == 0
     assert capsys.readouterr() == ("news\n", "noise\n")
     assert json.loads((tmp_path / "report.json").read_text()) == {"built": {}, "fused": []}
