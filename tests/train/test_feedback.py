@@ -16,6 +16,7 @@ from hypersd_export.model.fuse import fuse
 from hypersd_export.model.lora import Delta, read_lora, save_kohya
 from tests.train.small_run import finish, log, small_config, start
 from tests.train.small_unet import SHAPE, batch, conditioning, small_unet
+from tests.train.test_distill_ddp import _on_two as on_two
 from trainer.cli import app
 from trainer.distill import feedback_run
 from trainer.distill.config import FeedbackConfig, LoraConfig, StageConfig, builtin, sd15, sdxl, with_method
@@ -317,7 +318,11 @@ def test_a_run_follows_its_reward_and_resumes_to_the_same_losses(tiny_base, belo
     assert last > first + 0.05
     assert all(line["loss"] == pytest.approx(1.5 * (2 - line["reward_clip_1"]), abs=1e-5) for line in made)
     assert [line["step"] for line in looks] == [2, 5, 8, 11]
-    assert {"guard_distance", "guard_saturation", "guard_texture", "guard_worse"} <= set(looks[0])
+    begin = json.loads((tmp_path / "whole" / "run.json").read_text())["guard_begin"]
+    assert set(begin) == {"distance", "saturation", "texture"}
+    for look in looks:
+        assert look["guard_worse"] == pytest.approx(look["guard_distance"] / begin["distance"] - 1)
+        assert look["guard_saturation"] > 0
     stopped = start(small(tiny_base, below, count=12), tmp_path / "stopped").run()
     for _ in range(7):
         next(stopped)
@@ -344,6 +349,28 @@ def test_two_micro_batches_are_the_whole_batch_and_mixed_precision_is_near(tiny_
     for a, b, c in zip(one, two, mixed, strict=True):
         assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
         assert a["loss"] == pytest.approx(c["loss"], rel=0.05)
+
+
+def test_two_processes_give_the_losses_of_one_and_stop_together(tiny_base, below, tmp_path, bright):
+    guard = GuardConfig(bound=0.0, every=2, prompts=4, teacher_steps=2)
+    config = small(tiny_base, below, count=4, guard=replace(guard, bound=1e6))
+    finish(config, tmp_path / "one")
+    on_two(tmp_path / "said", finish, config, tmp_path / "two")
+    one, two = (lines(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(one[0] + one[1], two[0] + two[1], strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+    said = on_two(tmp_path / "again", _refused, replace(config, feedback=replace(config.feedback, guard=guard)),
+                  tmp_path / "three")  # fmt: skip
+    assert said[0] == said[1]
+
+
+def _refused(config, out):
+    config = replace(config, stages=(replace(config.stages[0], lr=0.5),))
+    try:
+        finish(config, out)
+    except DataError as error:
+        return str(error).partition(" is worse by")[0]
+    return ""
 
 
 def test_the_guard_ends_the_run_with_the_weights_of_its_last_good_look(tiny_base, below, tmp_path, bright):

@@ -17,28 +17,29 @@ from trainer.data.cache import FORMAT, Encoder, Progress, make_cache, refusal
 from trainer.data.cached import CachedSource
 from trainer.data.folder import read_folder
 from trainer.data.hub import FORMATS, is_saved_dataset, read_dataset
+from trainer.data.prompts import Prompts, is_prompts
 from trainer.data.records import Listing, Reason, Skipped
 from trainer.data.shards import read_shards
 from trainer.data.store import digest, unwritable
 from trainer.distill.config import DataConfig
 
-__all__ = ["BuiltinScenes", "CachedSource", "Reason", "Skipped", "open_source"]
+__all__ = ["BuiltinScenes", "CachedSource", "Prompts", "Reason", "Skipped", "is_prompts", "open_source"]
 
 CHOICES = (
     "builtin, an image folder (metadata.jsonl or name.txt), a folder that datasets saved, .parquet or .json files, "
-    "webdataset shards ('shards/{000..015}.tar'), or the hub id of a dataset"
+    "webdataset shards ('shards/{000..015}.tar'), the hub id of a dataset, or prompts alone (a .txt)"
 )
 
 
 def open_source(
     config: DataConfig, base: TrainingBase, *, seed: int, cache: Path, progress: Progress | None = None,
     device: str | None = None,
-) -> BuiltinScenes | CachedSource:  # fmt: skip
+) -> BuiltinScenes | CachedSource | Prompts:  # fmt: skip
     """The samples that `config` describes, as a `trainer.batch.Source` for `base`.
 
     `cache` is the folder for all that is kept (the caller applies `config.cache` and its default); `progress` is called
     while a real source is encoded; `device` encodes (None: the first CUDA device, or the CPU). Several processes may
-    call this at once on one machine: one encodes, the others wait. Both kinds of source have `skipped`, to be shown.
+    call this at once on one machine: one encodes, the others wait. All kinds of source have `skipped`, to be shown.
 
     OptionError for a choice that is none; DataError for data that cannot be read, and for a damaged cache.
     """
@@ -54,6 +55,11 @@ def open_source(
     if config.source == "builtin":
         return BuiltinScenes(
             base, seed=seed, cache=cache, size_px=size_px, device=place, max_samples=config.max_samples
+        )  # fmt: skip
+    if is_prompts(config.source):
+        return Prompts(
+            user_path(config.source), base, seed=seed, cache=cache, size_px=size_px, device=place,
+            max_samples=config.max_samples,
         )  # fmt: skip
     listing = _listing(config, cache)
     key = _key(listing, config, base, size_px)

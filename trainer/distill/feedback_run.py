@@ -34,6 +34,8 @@ class Feedback:
         self.plans = plans_of(self.lora, config.feedback.steps)
         self.kept = -1
         """After how many updates the weights are that an early stop went back to; -1 without one."""
+        self.begin: Mapping[str, float] = {}
+        """The guard's figures of the frozen LoRA alone."""
 
     def open(self, base: TrainingBase, networks: Networks, source: Source, engine: Engine) -> None:
         """Load rewards and VAE; the main process's guard looks at the frozen LoRA."""
@@ -55,6 +57,7 @@ class Feedback:
                 networks, source, config, plans=self.plans, vae=self._vae, clip=clip,
                 schedule=schedule_of(base.model.scheduler_config),
             )  # fmt: skip
+        self.begin = self._guard.begin
 
     def step(self, networks: Networks, stage: StageConfig, *, number: int) -> FeedbackStep:
         """The losses of the stage."""

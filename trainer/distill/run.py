@@ -78,6 +78,10 @@ class Distillation:
             raise OptionError(f"method {FEEDBACK} stands on a few-step LoRA: name one with --init-lora FILE")
         if source is None and not config.data.source:
             raise OptionError("no data: this recipe needs --data, an image folder, a dataset or a shard pattern")
+        from trainer.data import is_prompts
+
+        if is_prompts(config.data.source) and (config.method in METHODS or config.feedback.structure.model):
+            raise OptionError(f"data {config.data.source}: prompts alone, and this learns from pictures; pass --data")
         if config.validate_every and not config.validation_prompts and config.base != "builtin":
             raise OptionError("validate_every needs prompts: --set validation_prompts='[\"a fox\", …]'")
         if config.mixed_precision == "no" and config.base_precision != "fp32":
@@ -360,6 +364,7 @@ class Distillation:
             "base": {"name": self._base.name, "digest": self._base.digest},
             "versions": {name: _version(name) for name in VERSIONS},
             "processes": self.engine.accelerator.num_processes,
+            **({} if self._feedback is None else {"guard_begin": dict(self._feedback.begin)}),
         }  # fmt: skip
 
 
