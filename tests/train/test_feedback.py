@@ -19,9 +19,10 @@ from tests.train.small_unet import SHAPE, batch, conditioning, small_unet
 from tests.train.test_distill_ddp import _on_two as on_two
 from trainer.cli import app
 from trainer.distill import feedback_run
-from trainer.distill.config import FeedbackConfig, LoraConfig, StageConfig, builtin, sd15, sdxl, with_method
+from trainer.distill.config import LoraConfig, StageConfig, sd15, sdxl
 from trainer.distill.feedback import FeedbackStep, span_of
-from trainer.distill.feedback_config import GuardConfig, Watch
+from trainer.distill.feedback_config import FeedbackConfig, GuardConfig, Watch
+from trainer.distill.feedback_recipes import feedback_recipe
 from trainer.distill.guard import saturation, texture
 from trainer.distill.lora_file import Origin, plans_of
 from trainer.distill.networks import Networks, Role
@@ -173,7 +174,7 @@ def brightness(images, prompts):
 
 def settings(**changes):
     terms = (RewardConfig(kind=Kind.CLIP, weight=2.0, target=0.5),)
-    config = with_method(builtin(), "feedback")
+    config = feedback_recipe("builtin")
     stage = StageConfig(segments=1, points=8, steps=4, lr=1e-3)
     return replace(config, stages=(stage,), batch=4, feedback=FeedbackConfig(rewards=terms, **changes))
 
@@ -458,12 +459,18 @@ def test_the_command_says_what_it_would_do(tmp_path, below):
     assert said["memory_gib"]["one_gpu"]["vae"] == pytest.approx(0.010, abs=2e-3)
 
 
-@pytest.mark.parametrize("recipe", [sd15, sdxl])
-def test_the_recipes_of_published_models_have_the_papers_rewards(recipe):
-    config = with_method(recipe(), "feedback")
+@pytest.mark.parametrize(("name", "recipe"), [("sd15", sd15), ("sdxl", sdxl)])
+def test_the_recipes_of_published_models_have_the_papers_rewards(name, recipe):
+    config = feedback_recipe(name)
     assert [(term.kind, term.weight) for term in config.feedback.rewards] == [("aesthetic", 1), ("image_reward", 1)]
     assert (config.batch, config.stages[0].lr) == (512, 1e-6)
     assert config.micro_batch == recipe().micro_batch // 4
+    assert (config.base, config.lora) == (recipe().base, recipe().lora)
+
+
+def test_a_recipe_that_is_none_is_refused():
+    with pytest.raises(OptionError, match="--recipe 'sd9' is not a feedback recipe; there are: builtin, sd15, sdxl"):
+        feedback_recipe("sd9")
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from hypersd_export.diffusion import segment_length
 from hypersd_export.errors import OptionError
 from trainer.distill.feedback_config import FeedbackConfig
 from trainer.losses.tscd import Boundary, Distance, End
-from trainer.rewards.registry import Kind, RewardConfig
 
 
 class Teacher(StrEnum):
@@ -278,9 +277,6 @@ def with_method(config: DistillConfig, method: str) -> DistillConfig:
         return replace(config, method=method)
     if method == SCORE:  # ours: a fifth of the rate, as the student has been trained; every step trains the fake score
         return replace(config, method=method, stages=(replace(one, lr=lr / 5),))
-    if method == FEEDBACK:  # ours: the first stage's rate for a fifth of the updates; the decoder's gradient needs room
-        few = max(1, config.micro_batch // 4) if config.micro_batch else 0
-        return replace(config, method=method, stages=(replace(one, steps=total // 5),), micro_batch=few)
     config = replace(config, edge_share=0.0)  # ours, and TSCD's alone
     if method == "tcd":
         return replace(config, method=method, stages=(one,), distance=Distance.HUBER)
@@ -292,7 +288,7 @@ def with_method(config: DistillConfig, method: str) -> DistillConfig:
     if method == "pcm":
         four = replace(one, segments=4, points=points.get(4, 40))
         return replace(config, method=method, stages=(four,), distance=Distance.HUBER, end=End.EDGE)
-    raise OptionError(f"--method {method!r} is not a method; there are: {', '.join((*METHODS, SCORE, FEEDBACK))}")
+    raise OptionError(f"--method {method!r} is not a method; there are: {', '.join((*METHODS, SCORE))}")
 
 
 def builtin() -> DistillConfig:
@@ -303,27 +299,19 @@ def builtin() -> DistillConfig:
     far better than the squared error. No adversarial loss: `adversarial` are the critic's settings in its trials."""
     stages = tscd_stages((100, 100, 200, 600), 5e-4, points=(16, 16, 8, 8), mse=(1.0,) * 4, adv=(0.0,) * 4)
     critic = AdversarialConfig(backend=Backend.FROZEN, real=Real.DATA, reach=0.1, lr=2e-3)
-    feedback = FeedbackConfig(
-        rewards=(RewardConfig(kind=Kind.CLIP, weight=0.1, target=80.0), RewardConfig(kind=Kind.PREFERENCE))
-    )
     return DistillConfig(
         method="tscd", stages=stages, distance=Distance.HUBER, edge_share=1.0, lora=LoraConfig(rank=32, alpha=32.0),
-        adversarial=critic, score=ScoreConfig(student_every=2, lr=4e-4, pairs=2048), feedback=feedback, batch=32,
+        adversarial=critic, score=ScoreConfig(student_every=2, lr=4e-4, pairs=2048), batch=32,
         weight_decay=0.0, warmup=20, cooldown=0.5, validate_every=200,
     )  # fmt: skip
 
 
 def sd15() -> DistillConfig:
-    """Stable Diffusion 1.5 at 512 px: batch 512 and lr 1e-6 are the paper's; guidance near PCM's 4-5, plus one.
-
-    Feedback: LAION's aesthetic predictor and ImageReward with equal weights are the paper's, ImageReward's target is
-    ReFL's, the other one ours (the paper discloses neither). Their files have to be named (`feedback.rewards.0.model`).
-    """
-    rewards = RewardConfig(kind=Kind.AESTHETIC, target=6.5), RewardConfig(kind=Kind.IMAGE_REWARD, target=2.0)
+    """Stable Diffusion 1.5 at 512 px: batch 512 and lr 1e-6 are the paper's; guidance near PCM's 4-5, plus one."""
     return DistillConfig(
         method="tscd", base="stable-diffusion-v1-5/stable-diffusion-v1-5", stages=tscd_stages((5000,) * 4, 1e-6),
         data=DataConfig(source=""), guidance=(5.0, 9.0), batch=512, micro_batch=16, mixed_precision="fp16",
-        base_precision="fp16", gradient_checkpointing=True, offset_noise=0.05, feedback=FeedbackConfig(rewards=rewards),
+        base_precision="fp16", gradient_checkpointing=True, offset_noise=0.05,
     )  # fmt: skip
 
 
