@@ -4,6 +4,7 @@ Nothing heavy is imported at module level: `--help` must not wait for torch.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +60,7 @@ def latency(
 ) -> None:
     """Time bundles, and what they are compared with, in turn: cold start, warm percentiles, throughput, memory."""
     with one_line_errors(out, cache_dir):
+        check_out(out)
         from benchmarks.bench.commands import Selection, run_latency
         from benchmarks.bench.latency import Options
         from benchmarks.bench.machine import available_cores
@@ -77,6 +79,58 @@ def latency(
         finish(report)
         failed = [row["name"] for row in report["entrants"] if row["status"] == "failed"]
         if failed or not any(row["status"] == "measured" for row in report["entrants"]):
+            raise typer.Exit(1)
+
+
+@app.command()
+def quality(
+    bundle: Bundles,
+    prompts: Annotated[Path | None, typer.Option(help=".txt, .tsv, .csv, .json or .jsonl (default: built-in).")] = None,
+    count: Annotated[int | None, typer.Option(help="So many of the prompts, in a fixed random order.")] = None,
+    vs: Annotated[list[str] | None, typer.Option(help="Measure these too: torch, teacher.")] = None,
+    clip: Annotated[
+        str, typer.Option(help="What looks: builtin, vit-b-32, vit-l-14, a CLIP's folder or hub id.")
+    ] = "builtin",
+    clip_prefix: Annotated[str, typer.Option(help="Before every caption, such as 'A photo depicts '.")] = "",
+    reference: Annotated[
+        str, typer.Option(help="Of FD-T and its kin: teacher, none, or the folder of a bundle.")
+    ] = "teacher",
+    teacher_steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 25,
+    teacher_guidance: Annotated[float | None, typer.Option(help="Its guidance (built-in: its own; else 7.5).")] = None,
+    psnr: Annotated[bool, typer.Option("--psnr/--no-psnr", help="Draw everything in torch too, and compare.")] = True,
+    shown: Annotated[int, typer.Option(help="Pictures of everybody for the report.")] = 8,
+    steps: Steps = None,
+    runtime: RuntimeName = None,
+    provider: Provider = None,
+    base: Base = None,
+    unet: Unet = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    cache_dir: CacheDir = None,
+    out: Out = None,
+) -> None:
+    """Measure pictures of many prompts: CLIP score, FD-T and its kin, diversity, PSNR to torch."""
+    # Before NumPy is imported: the bootstrap solves small eigenvalue problems by the thousand, and threads only wait.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with one_line_errors(out, cache_dir):
+        check_out(out)
+        from benchmarks.bench.commands import Selection
+        from benchmarks.bench.examine import Asked, run_quality
+        from benchmarks.bench.weights import Places
+
+        selection = Selection(
+            bundles=tuple(bundle), versus=tuple(vs or ()), steps=steps, runtime=runtime, provider=provider,
+            places=Places(base=base, unet=unet, vae=vae, loras=tuple(lora or ())), cache_dir=cache_dir,
+        )  # fmt: skip
+        asked = Asked(
+            prompts=prompts, count=count, clip=clip, clip_prefix=clip_prefix, reference=reference,
+            teacher_steps=teacher_steps, teacher_guidance=teacher_guidance, psnr=psnr, shown=shown,
+        )  # fmt: skip
+        report = run_quality(selection, asked, out=out, command=command_line())
+        if report is None:
+            return
+        finish(report)
+        if not any(row["status"] == "measured" for row in report["candidates"]):
             raise typer.Exit(1)
 
 

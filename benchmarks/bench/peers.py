@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def fused_pipeline(source: Source, cache: StageCache) -> Stage:
         config = {"_class_name": "DDIMScheduler", **source.base.scheduler_config}
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
         index = {**source.base.model_index(), "scheduler": ["diffusers", config["_class_name"]]}
+        index["_diffusers_version"] = version("diffusers")  # by which optimum tells whose folder it is
         (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
     return cache.get("bench-pipeline", {"source": source.digests, "code": sha256_file(Path(__file__))}, build)

@@ -5,12 +5,12 @@ from typing import Any
 
 
 class Progress:
-    """A spinner with a line beside it where there is a terminal; notes are printed in any case."""
+    """A spinner with a line beside it where there is a terminal; notes are printed in any case, unless `quiet`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         if not self.console.is_terminal:  # a log file: rich's 80 columns are too few
             self.console.width = 140
         self._status = self.console.status("")

@@ -36,12 +36,13 @@ class OpenVinoPainter(DiffusersPainter):
 
 
 def convert(pipeline: Path, out: Path) -> None:
-    """`optimum-cli export openvino` without its command line; weights stay as they are."""
-    from optimum.intel import OVStableDiffusionPipeline
+    """`optimum-cli export openvino --library diffusers --weight-format fp32`."""
+    from optimum.exporters.openvino import main_export
+    from optimum.intel import OVConfig
 
-    OVStableDiffusionPipeline.from_pretrained(pipeline, export=True, compile=False, load_in_8bit=False).save_pretrained(
-        out
-    )
+    main_export(
+        str(pipeline), out, task="text-to-image", library_name="diffusers", ov_config=OVConfig(dtype="fp32")
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

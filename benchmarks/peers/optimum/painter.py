@@ -38,10 +38,10 @@ class OptimumPainter(DiffusersPainter):
 
 
 def convert(pipeline: Path, out: Path) -> None:
-    """`optimum-cli export onnx` without its command line."""
-    from optimum.onnxruntime import ORTStableDiffusionPipeline
+    """`optimum-cli export onnx --library diffusers`, without its own comparison."""
+    from optimum.exporters.onnx import main_export
 
-    ORTStableDiffusionPipeline.from_pretrained(pipeline, export=True).save_pretrained(out)
+    main_export(str(pipeline), out, task="text-to-image", library_name="diffusers", do_validation=False)
 
 
 if __name__ == "__main__":
