@@ -179,14 +179,11 @@ def _distill_config(method: str, recipe: str, base: str, data: str, assignments:
     from dataclasses import replace
 
     from trainer.config import override
-    from trainer.distill.config import FEEDBACK, with_method
-    from trainer.distill.config import recipe as named
-    from trainer.distill.feedback_recipes import feedback_recipe
+    from trainer.distill.feedback_recipes import recipe_by
 
     if any(assignment.partition("=")[0] == "method" for assignment in assignments):
         raise OptionError("--set method=…: only names the method and does not set its losses; use --method")
-    begin = feedback_recipe(recipe) if method == FEEDBACK else with_method(named(recipe), method)
-    config = override(begin, assignments)
+    config = override(recipe_by(recipe, method), assignments)
     if base:
         config = replace(config, base=base)
     return replace(config, data=replace(config.data, source=data)) if data else config

@@ -21,7 +21,8 @@ from hypersd_export.diffusion import FewStepPlan
 from hypersd_export.errors import OptionError
 from hypersd_export.model.lora import read_lora
 from trainer.config import override
-from trainer.distill.config import FEEDBACK, SCORE, DistillConfig, recipe, with_method
+from trainer.distill.config import FEEDBACK, SCORE, DistillConfig
+from trainer.distill.feedback_recipes import recipe_by
 from trainer.distill.lora_file import plans_of, updates_of
 from trainer.distill.run import lora_name
 from trainer.merge import Merged, merge
@@ -59,7 +60,7 @@ def configurations(
     found = {}
     for part in PARTS:
         own = [each.removeprefix(f"{part}.") for each in assignments if each.startswith(f"{part}.")]
-        config = with_method(recipe(name), part)
+        config = recipe_by(name, part)
         if part == SCORE:
             config = replace(config, score=replace(config.score, steps=UNIFIED_STEPS))
         config = override(config, [*common, *own])

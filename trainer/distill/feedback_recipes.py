@@ -7,7 +7,16 @@ neither the targets nor the number of updates; every other figure is ours, or na
 from dataclasses import replace
 
 from hypersd_export.errors import OptionError
-from trainer.distill.config import FEEDBACK, DistillConfig, StageConfig, builtin, sd15, sdxl
+from trainer.distill.config import (
+    FEEDBACK,
+    DistillConfig,
+    StageConfig,
+    builtin,
+    recipe,
+    sd15,
+    sdxl,
+    with_method,
+)
 from trainer.distill.feedback_config import FeedbackConfig, GuardConfig
 from trainer.rewards.registry import Kind, RewardConfig
 
@@ -45,6 +54,11 @@ def feedback_recipe(name: str) -> DistillConfig:
     if name not in FEEDBACK_RECIPES:
         raise OptionError(f"--recipe {name!r} is not a feedback recipe; there are: {', '.join(FEEDBACK_RECIPES)}")
     return FEEDBACK_RECIPES[name]()
+
+
+def recipe_by(name: str, method: str) -> DistillConfig:
+    """The recipe `name` by any method, this one too; OptionError for a name or a method that there is not."""
+    return feedback_recipe(name) if method == FEEDBACK else with_method(recipe(name), method)
 
 
 def _with_feedback(
