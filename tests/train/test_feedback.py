@@ -303,7 +303,8 @@ def small(folder, lora, *, count=5, lr=2e-2, guard=None, **changes):
     guard = guard or GuardConfig(bound=1e6, every=3, prompts=4, teacher_steps=2)
     chosen = FeedbackConfig(rewards=terms, guard=guard)
     base = small_config(folder)
-    return replace(base, method="feedback", stages=(stage,), init_lora=str(lora), feedback=chosen, **changes)
+    settled = {"stages": (stage,), "init_lora": str(lora), "feedback": chosen, **changes}
+    return replace(base, method="feedback", **settled)
 
 
 def lines(out):
@@ -439,6 +440,9 @@ def test_settings_that_cannot_be(make_one, words):
 def test_a_lora_is_needed_and_one_for_the_unet_alone(tiny_base, tmp_path):
     with pytest.raises(OptionError, match="method feedback stands on a few-step LoRA: name one with --init-lora FILE"):
         start(replace(small(tiny_base, ""), init_lora=""), tmp_path / "a")
+    unnamed = FeedbackConfig(rewards=feedback_recipe("sd15").feedback.rewards)
+    with pytest.raises(OptionError, match="reward aesthetic: its model is missing: set it to the path of a CLIP"):
+        start(small(tiny_base, "x", feedback=unnamed), tmp_path / "a")
     deltas = random_deltas(small_unet())
     save_kohya(tmp_path / "two.safetensors", {"unet": deltas, "text_encoder": deltas}, {})
     with pytest.raises(LoraError, match="has a part for the text_encoder; feedback stands on a UNet's LoRA alone"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hypersd_export.errors import DataError, LoraError
+from hypersd_export.errors import DataError, LoraError, OptionError
 from hypersd_export.model.files import user_path
 from hypersd_export.model.lora import Delta, LoraFile, read_lora
 from trainer.base import TrainingBase, schedule_of
@@ -18,7 +18,7 @@ from trainer.distill.feedback_config import Watch
 from trainer.distill.guard import Guard
 from trainer.distill.lora_file import plans_of
 from trainer.distill.networks import Networks
-from trainer.rewards.registry import Kind, RewardConfig, open_rewards
+from trainer.rewards.registry import Kind, RewardConfig, check_rewards, open_rewards
 
 
 class Feedback:
@@ -105,6 +105,13 @@ class Feedback:
             )
         networks.back_to_target()
         return figures, True
+
+
+def check_feedback(config: DistillConfig) -> None:
+    """OptionError for what a feedback run needs and is not named; nothing is opened."""
+    if not config.init_lora:
+        raise OptionError(f"method {config.method} stands on a few-step LoRA: name one with --init-lora FILE")
+    check_rewards(config.feedback.rewards)
 
 
 def names(terms: Sequence[RewardConfig]) -> list[str]:

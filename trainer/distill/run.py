@@ -20,7 +20,7 @@ from trainer.config import as_json
 from trainer.discriminator import Discriminator
 from trainer.distill.config import FEEDBACK, METHODS, SCORE, DistillConfig, StageConfig
 from trainer.distill.engine import DTYPES, Engine
-from trainer.distill.feedback_run import Feedback
+from trainer.distill.feedback_run import Feedback, check_feedback
 from trainer.distill.logs import JsonLog, check_log_with, log_grid, start_tracker
 from trainer.distill.loop import StageLoop, Step, StepResult
 from trainer.distill.lora_file import Origin, load_student, public_recipe, save_student, updates_of
@@ -74,8 +74,8 @@ class Distillation:
         known = (*METHODS, SCORE, FEEDBACK)
         if config.method not in known:
             raise OptionError(f"method {config.method!r} is not a method; there are: {', '.join(known)}")
-        if config.method == FEEDBACK and not config.init_lora:
-            raise OptionError(f"method {FEEDBACK} stands on a few-step LoRA: name one with --init-lora FILE")
+        if config.method == FEEDBACK:
+            check_feedback(config)
         if source is None and not config.data.source:
             raise OptionError("no data: this recipe needs --data, an image folder, a dataset or a shard pattern")
         from trainer.data import is_prompts

@@ -58,11 +58,22 @@ class RewardConfig:
             raise OptionError(f"reward {self.kind}: weight {self.weight} must be above 0; or leave the reward out")
 
 
+def check_rewards(configs: Sequence[RewardConfig]) -> None:
+    """OptionError for a path that a reward needs and that is not set; nothing is opened."""
+    for config in configs:
+        if config.kind in PLACES and not config.model:
+            what = PLACES[config.kind]
+            raise OptionError(f"reward {config.kind}: its model is missing: set it to the path of {what}")
+        if config.kind in (Kind.HPS, Kind.IMAGE_REWARD) and not config.tokenizer:
+            raise OptionError(f"reward {config.kind}: set its tokenizer to a folder, as the checkpoint has none")
+
+
 def open_rewards(configs: Sequence[RewardConfig], device: "torch.device | str" = "cpu") -> list[Reward]:
     """The rewards in order; a CLIP that several look with is loaded once.
 
     OptionError for a path that is missing, ModelError for one that is something else.
     """
+    check_rewards(configs)
     from trainer.pretrain.clip import BUILTIN_CLIP
     from trainer.rewards.clip import ClipReward
 
@@ -75,8 +86,6 @@ def open_rewards(configs: Sequence[RewardConfig], device: "torch.device | str" =
 
 def _open(config: RewardConfig, clip: "Callable[[str, str], ClipReward]", device: "torch.device | str") -> Reward:
     """One reward; `clip` opens a CLIP by folder and tokenizer."""
-    if config.kind in PLACES and not config.model:
-        raise OptionError(f"reward {config.kind}: its model is missing: set it to the path of {PLACES[config.kind]}")
     if config.kind is Kind.CLIP:
         return clip(config.model, config.tokenizer)
     if config.kind is Kind.AESTHETIC:
@@ -93,8 +102,6 @@ def _open(config: RewardConfig, clip: "Callable[[str, str], ClipReward]", device
         from trainer.rewards.preference import BUILTIN_PREFERENCE, PreferenceReward
 
         return PreferenceReward(config.model or BUILTIN_PREFERENCE, device=device)
-    if not config.tokenizer:
-        raise OptionError(f"reward {config.kind}: set its tokenizer to a folder, as the checkpoint has none")
     if config.kind is Kind.HPS:
         from trainer.rewards.hps import HpsReward
 
