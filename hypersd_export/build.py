@@ -83,11 +83,15 @@ class Artifacts:
     keys: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     ports: Mapping[str, Ports] = field(default_factory=dict)
+    bits: int | None = None
+    """Of the palettes that stand for the weights, for packages that have such."""
 
     @property
     def label(self) -> str:
         """What tells them from others of the same export."""
-        return self.precision if self.target is Target.ONNX else self.target.value
+        if self.target is Target.ONNX:
+            return self.precision
+        return self.target.value if self.bits is None else f"{self.target}-{self.bits}bit"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """The Core ML target: a package of each component, each a stage of its own in the cache."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from hypersd_export.build import Artifacts, Built, Workshop, build_notes
 from hypersd_export.bundle.apple_note import resources_note
 from hypersd_export.bundle.cache import Stage
-from hypersd_export.coreml_worker import Conversion, Playing, Task, run_apart
+from hypersd_export.coreml_worker import Conversion, Palettizing, Playing, Task, run_apart
 from hypersd_export.diffusion.apple import plays_exactly
 from hypersd_export.graphs.spec import Component
 from hypersd_export.job import GOLDEN_SEED, Job, code_digests
@@ -36,6 +37,8 @@ APPLE_PORTS: Mapping[str, Ports] = {
 }
 """Where our inputs and outputs lie in packages of Apple's layout (`graphs.apple`)."""
 RESOURCES = "Resources"
+PALETTIZED = (Component.TEXT_ENCODER, Component.UNET)
+"""What gets palettes; the VAE is small, and the first to show them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +73,8 @@ def coreml_target(workshop: Workshop) -> Built:
         f"Core ML: coremltools {vendor.version()} for {flags.deployment_target}, {flags.layout} layout, "
         f"{flags.attention} attention"
     )
-    packages = Packages(
-        flags=flags, stages={component: package_stage(workshop, component) for component in job.components}
-    )
+    raw = Packages(flags=flags, stages={component: package_stage(workshop, component) for component in job.components})
+    packages = palettized(workshop, raw)
     files, extra = packages.files(), {}
     if flags.layout == "apple":
         plays = played(workshop)
@@ -84,18 +86,58 @@ def coreml_target(workshop: Workshop) -> Built:
         precision=precision,
         files=files,
         record=record(job, packages) | extra,
-        artifacts=(
-            Artifacts(
-                target=Target.COREML,
-                precision=precision,
-                published=True,
-                components={component: stage.path for component, stage in packages.stages.items()},
-                keys={component.value: stage.key for component, stage in packages.stages.items()},
-                files=files,
-                ports=packages.ports,
-            ),
+        artifacts=tuple(
+            artifacts(each, precision, published=each is packages)
+            for each in ((packages,) if packages is raw else (packages, raw))
         ),
     )
+
+
+def artifacts(packages: Packages, precision: str, *, published: bool) -> Artifacts:
+    """As what is held against torch. Packages with palettes differ from it on purpose, so that those without, which
+    they were made from, are held against it too."""
+    bits = packages.flags.palettize if published else None
+    return Artifacts(
+        target=Target.COREML,
+        precision=precision,
+        published=published,
+        components={component: stage.path for component, stage in packages.stages.items()},
+        keys={component.value: stage.key for component, stage in packages.stages.items()},
+        files=packages.files(),
+        ports=packages.ports,
+        bits=bits,
+    )
+
+
+def palettized(workshop: Workshop, packages: Packages) -> Packages:
+    """The packages with palettes in UNet and text encoder, a stage each; themselves where none are asked for."""
+    flags = packages.flags
+    if flags.palettize is None:
+        return packages
+
+    def stage(component: Component, raw: Stage) -> Stage:
+        task = Palettizing(
+            source=raw.path, name=f"{component}.mlpackage", bits=int(flags.palettize or 0),
+            deployment_target=flags.deployment_target,
+        )  # fmt: skip
+
+        def build(folder: Path) -> None:
+            notes = build_notes(raw)
+            found = run_apart(task, folder, progress=workshop.clock.reporter.detail)
+            shutil.copyfile(raw.path / "config.json", folder / "config.json")
+            notes["built"] |= found | {"bytes_before": notes["built"]["bytes"]}
+            (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
+
+        depends = {
+            "package": raw.key,
+            "bits": task.bits,
+            "coremltools": vendor.version(),
+            "code": code_digests(("targets/coreml", "coreml_worker.py")),
+        }
+        return workshop.stage(f"coreml-{component}-{task.bits}bit", depends, build)
+
+    stages = {c: stage(c, raw) if c in PALETTIZED else raw for c, raw in packages.stages.items()}
+    return Packages(flags=flags, stages=stages)
 
 
 def record(job: Job, packages: Packages) -> dict[str, Any]:
@@ -108,6 +150,7 @@ def record(job: Job, packages: Packages) -> dict[str, Any]:
         "layout": flags.layout,
         "attention": flags.attention,
         "compute_units": flags.compute_units,
+        "palettize": flags.palettize,
         "components": {
             c.value: {"packages": [packages.names[c]], **note["built"]} for c, note in notes.items()
         },

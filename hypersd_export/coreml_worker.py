@@ -103,6 +103,39 @@ class Conversion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Palettizing:
+    """A package `name` of the folder `source` with palettes of so many bits, as `name` in another folder."""
+
+    source: Path
+    name: str
+    bits: int
+    deployment_target: str
+
+    @property
+    def what(self) -> str:
+        """See `Task`."""
+        return f"the palettes of {self.name}"
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {**asdict(self), "source": str(self.source)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Palettizing":
+        """See `Task`."""
+        return cls(**{**data, "source": Path(data["source"])})
+
+    def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """See `Task`; the package's figures."""
+        from hypersd_export.targets.coreml import palettize
+
+        progress(f"palettes of {self.bits} bits for {self.name}")
+        return palettize.build(
+            self.source / self.name, folder / self.name, bits=self.bits, deployment_target=self.deployment_target
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Playing:
     """How far the plans' pictures are from what Apple's scheduler makes of them, where it only comes near."""
 
@@ -142,7 +175,7 @@ class Playing:
         return {str(steps): db for steps, db in found.items()}
 
 
-TASKS: Mapping[str, type[Task]] = {task.__name__: task for task in (Conversion, Playing)}
+TASKS: Mapping[str, type[Task]] = {task.__name__: task for task in (Conversion, Palettizing, Playing)}
 
 
 def run_apart(task: Task, folder: Path, *, progress: Progress) -> dict[str, Any]:

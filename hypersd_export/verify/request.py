@@ -20,6 +20,7 @@ class VerifyRequest:
     bundle: a folder with the tokenizer, plan.json and what draws pictures; components: the folder of each component's
     graph, wherever it lies. out: a folder for golden/ and report.json.
     target: what kind of graph that is; Core ML's packages have `ports` by component where their layout is not ours.
+    lossy: the weights were compressed, so that figures are taken and hardly judged.
     compare: False makes the golden files (by torch) and compares nothing.
     golden_db: least PSNR in dB of the golden picture, for every runtime of everything that is published.
     """
@@ -39,6 +40,7 @@ class VerifyRequest:
     golden_db: float
     target: Target = Target.ONNX
     ports: Mapping[str, Ports] = field(default_factory=dict)
+    lossy: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -57,6 +59,7 @@ class VerifyRequest:
             "compare": self.compare,
             "golden_db": self.golden_db,
             "target": self.target.value,
+            "lossy": self.lossy,
             "ports": {
                 component: {name: port.to_json() for name, port in ports.items()}
                 for component, ports in self.ports.items()

@@ -22,7 +22,7 @@ from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, philox_n
 from hypersd_export.graphs.spec import Component
 from hypersd_export.runtime.graph import Graph, Runtime, filled
 from hypersd_export.targets import Target
-from hypersd_export.verify.gates import COMPONENT_DB, COREML_IMAGE_DB, IMAGE_DB, Gate
+from hypersd_export.verify.gates import COMPONENT_DB, COREML_IMAGE_DB, IMAGE_DB, LOSSY_DB, Gate
 from hypersd_export.verify.golden import write_golden
 from hypersd_export.verify.request import VerifyRequest
 from hypersd_export.verify.source import Source, check_unchanged, open_source
@@ -62,7 +62,7 @@ class Verification:
 
     def gate(self, name: str, least_db: float) -> Gate:
         """A new gate whose figures go into the report."""
-        gate = Gate(name=name, least_db=least_db)
+        gate = Gate(name=name, least_db=min(least_db, LOSSY_DB) if self.request.lossy else least_db)
         self.gates.append(gate)
         return gate
 

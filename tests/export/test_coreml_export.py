@@ -10,6 +10,7 @@ import pytest
 from hypersd_export import build_coreml, coreml_worker
 from hypersd_export.bundle.digest import digest_tree
 from hypersd_export.bundle.manifest import NOT_VERIFIED, verify_files
+from hypersd_export.diffusion import PlanFile
 from hypersd_export.errors import BuildError, MissingBackend, OptionError
 from hypersd_export.export import export
 from hypersd_export.graphs.spec import Component, Shapes
@@ -40,6 +41,12 @@ def packages(done):
     return {name: done.path / entry["packages"][0] for name, entry in record.items()}
 
 
+def interpreted(done):
+    """The bundle's own pipeline, its packages evaluated by the interpreter."""
+    plans = PlanFile.from_json(json.loads((done.path / "plan.json").read_text()))
+    return Pipeline(path=done.path, plans=plans, digest="", runtime=InterpretedRuntime(packages=packages(done)))
+
+
 def test_components_become_packages_that_are_torchs(done):
     found = packages(done)
     assert set(found) == set(Component)
@@ -67,9 +74,8 @@ def test_components_become_packages_that_are_torchs(done):
 
 def test_the_bundles_own_pipeline_draws_with_them(done, exported):
     """The same seed as the ONNX bundle of the same base: the pictures differ by half precision alone."""
-    ours, theirs = Pipeline.from_bundle(exported.path), Pipeline.from_bundle(exported.path)
-    ours.runtime = InterpretedRuntime(packages=packages(done))
-    pictures = [np.asarray(p("a cat", seed=3, steps=2).images[0], np.int16) for p in (ours, theirs)]
+    pair = interpreted(done), Pipeline.from_bundle(exported.path)
+    pictures = [np.asarray(p("a cat", seed=3, steps=2).images[0], np.int16) for p in pair]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
@@ -169,3 +175,33 @@ def test_flags_without_the_target_are_refused():
         ExportSpec(targets=(Target.COREML,), coreml=CoreMLFlags(approximate=True))
     with pytest.raises(OptionError, match="--palettize 7: iOS17 stores"):
         ExportSpec(targets=(Target.COREML,), coreml=CoreMLFlags(palettize=7))
+
+
+def test_palettes_are_held_against_torch_and_told(coreml_spec, done, tmp_path, monkeypatch):
+    """Beside the packages that they were made from, which have to pass; and golden/ asks no more than can be had."""
+    monkeypatch.setattr(build_coreml, "run_apart", lambda asked, folder, *, progress: asked.run(folder, progress))
+    spec = replace(coreml_spec, coreml=CoreMLFlags(palettize=2), out=tmp_path / "small")
+    small = export(spec, isolate=False)
+    stages = {stage.name: stage.cached for stage in small.stages}
+    assert stages["coreml-unet"]
+    assert not stages["coreml-unet-2bit"]
+    assert "coreml-vae_decoder-2bit" not in stages
+    assert stages["verify-coreml"]  # that of `done`
+    before, after = (each.manifest.targets["coreml"]["components"] for each in (done, small))
+    assert after["unet"]["palettes"]["bits"] == small.manifest.targets["coreml"]["palettize"] == 2
+    assert after["unet"]["bytes_before"] == before["unet"]["bytes"]
+    assert after["unet"]["weight_bytes"] < 0.4 * before["unet"]["weight_bytes"]
+    assert after["unet"]["float32_ops"] == before["unet"]["float32_ops"]
+    assert digest_tree(packages(small)["vae_decoder"], "*") == digest_tree(packages(done)["vae_decoder"], "*")
+    parity = small.manifest.parity
+    assert (
+        10
+        < parity["unet"]["psnr_db"]
+        < 40
+        < parity["unet coreml"]["psnr_db"]
+        == done.manifest.parity["unet"]["psnr_db"]
+    )
+    assert parity["vae_decoder"] == {**parity["vae_decoder coreml"], "least_db": 0.0}
+    bounds = [json.loads((each.path / "golden/golden.json").read_text())["min_psnr_db"] for each in (done, small)]
+    assert bounds == [35.0, pytest.approx(parity["image"]["psnr_db"] - 3, abs=0.1)]
+    assert interpreted(small).golden().passed

@@ -6,7 +6,11 @@ NAME.mlpackage/Data/com.apple.CoreML/weights/weight.bin      its weights
 """
 
 import json
+import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,20 @@ def write(path: Path, model: Any) -> None:
         "itemInfoEntries": entries,
         "rootModelIdentifier": next(iter(entries)),
     }
-    (path / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
+    text = json.dumps(manifest, indent=4, sort_keys=True)  # as coremltools itself writes it
+    (path / "Manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def loaded(path: Path, scratch: Path) -> Iterator[Any]:
+    """A package as a coremltools model, out of a stand-in in the folder `scratch`: loading one writes its manifest
+    again, and a stage of the cache must stay as it is."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        beside = Path(folder) / path.name
+        beside.mkdir()
+        shutil.copyfile(path / "Manifest.json", beside / "Manifest.json")
+        (beside / "Data").symlink_to((path / "Data").resolve(), target_is_directory=True)
+        yield vendor.load(beside)
 
 
 def main_block(model: Any) -> Any:

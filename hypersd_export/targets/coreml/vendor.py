@@ -75,31 +75,20 @@ def load(path: Path) -> Any:
     return _coremltools().models.MLModel(str(path), skip_model_load=True)
 
 
-def weight_names(model: Any, threshold: int) -> dict[str, tuple[str, ...]]:
-    """The weights of more than `threshold` elements by name, with the types of the ops that read each."""
-    _coremltools()
-    import coremltools.optimize.coreml as optimize
-
-    found = optimize.get_weights_metadata(model, weight_threshold=threshold)
-    return {name: tuple(op.op_type for op in weight.child_ops) for name, weight in found.items()}
-
-
-def palettize(model: Any, palettes: Mapping[str, Palette], *, group_size: int | None) -> Any:
+def palettize(model: Any, palette: Palette, group_sizes: Mapping[str, int | None]) -> Any:
     """The model with the weights of these names as palettes and indices.
 
-    With a `group_size` each so many output channels of a weight have a palette of their own (from iOS 18 on).
+    With a group size each so many output channels, on axis 0, have a palette of their own (from iOS 18 on).
     """
     _coremltools()
     import coremltools.optimize.coreml as optimize
 
-    grain = {} if group_size is None else {"granularity": "per_grouped_channel", "group_size": group_size}
-    config = optimize.OptimizationConfig(
-        op_name_configs={
-            name: optimize.OpPalettizerConfig(mode="custom", lut_function=palette, weight_threshold=0, **grain)
-            for name, palette in palettes.items()
-        }
-    )
-    return optimize.palettize_weights(model, config)
+    def config(size: int | None) -> Any:
+        grain = {} if size is None else {"granularity": "per_grouped_channel", "group_size": size, "channel_axis": 0}
+        return optimize.OpPalettizerConfig(mode="custom", lut_function=palette, weight_threshold=0, **grain)
+
+    configs = {name: config(size) for name, size in group_sizes.items()}
+    return optimize.palettize_weights(model, optimize.OptimizationConfig(op_name_configs=configs))
 
 
 def read_model(path: Path) -> Any:
