@@ -51,6 +51,7 @@ peer-openvino: .venv-peers/openvino/.done
 	$(PYTHON) -m venv .venv-peers/$*
 	.venv-peers/$*/bin/python -m pip install --quiet $(TORCH_PIP) $(TORCH)
 	.venv-peers/$*/bin/python -m pip install --quiet -r $<
+	.venv-peers/$*/bin/python -m pip uninstall --quiet --yes torchvision # its PyPI build and a CPU torch do not mix
 	@touch $@
 
 clean:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 from benchmarks.bench import machine, tables
 from benchmarks.bench.commands import QUALITY_FILE, Selection, write_part
@@ -51,16 +52,17 @@ def run_quality(
     """The quality report, written to `out`/quality.json and printed as a table; None in a process that only helped."""
     bundles = selection.open()
     prompts = prompts_of(asked, bundles[0])
+    maker = Maker(bundles, selection.places, asked)
+    candidates = [*map(maker.bundle, bundles), *(maker.versus(kind) for kind in selection.versus)]
+    reference, reference_why = maker.reference(asked.reference)
+    logging.disable_progress_bar()
     eye = open_eye(asked.clip, prefix=asked.clip_prefix)
     share = Share.of_launch()
-    maker = Maker(bundles, selection.places, asked)
-    reference, reference_why = maker.reference(asked.reference)
     question = Question(prompts=tuple(prompts), reference=reference)
     with tables.Progress(quiet=share.rank > 0) as progress:
         cache = FeatureCache(selection.cache / "bench")
         gallery = Gallery(cache=cache, eye=eye, share=share, tell=progress.tell)
         exam = Exam(gallery=gallery, question=question)
-        candidates = [*map(maker.bundle, bundles), *(maker.versus(kind) for kind in selection.versus)]
         exam.draw(candidates)
         if share.rank > 0:
             return None

@@ -3,17 +3,24 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks.bench import peers
+from benchmarks.bench import gallery, peers
 from benchmarks.bench.cli import app
+from benchmarks.bench.commands import Selection
+from benchmarks.bench.examine import Asked, run_quality
+from benchmarks.bench.quality import METRICS
 from benchmarks.bench.weights import Places, source_of
 from hypersd_export.bundle.cache import StageCache
 from hypersd_export.export import Exported
 from hypersd_export.verify.source import SourceRequest, open_source
+from tests.bench.clips import tiny_clip
+from tests.train.test_distill_ddp import _on_two as on_two
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +74,86 @@ def test_a_fused_pipeline_is_what_diffusers_reads(lora_exported: Exported, tiny_
     assert ids == np.load(lora_exported.path / "golden" / "prompt_ids.npy").ravel().tolist()
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_clip(tmp_path_factory.mktemp("clip") / "tiny-clip")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "few.tsv"
+    lines = [f"cat {i}\t{'even' if i % 2 == 0 else 'odd'}" for i in range(6)]
+    file.write_text("Prompt\tCategory\n" + "\n".join(lines) + "\n")
+    return file
+
+
+def test_quality_of_a_bundle_and_its_teacher(
+    exported: Exported, tiny_base: Path, clip: Path, prompts: Path, tmp_path: Path
+) -> None:
+    options = ["--prompts", str(prompts), "--clip", str(clip), "--base", str(tiny_base), "--teacher-steps", "2"]
+    more = ["--vs", "teacher", "--shown", "2", "--count", "5", "--out", str(tmp_path / "out")]
+    arguments = ["quality", str(exported.path), *options, *more]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "out" / "quality.json").read_text()) == report
+    assert report["prompts"]["count"] == 5
+    assert report["eye"]["name"] == "tiny-clip"
+    assert report["reference"] == {"name": "teacher at 2 steps"}
+    bundle, teacher = report["candidates"]
+    assert set(bundle["figures"]) == set(METRICS)
+    assert bundle["figures"]["psnr_db"]["value"] > 50
+    assert set(bundle["categories"]) == {"even", "odd"}
+    assert teacher["guidance"] == 7.5
+    assert "apart" in teacher["differences"]["clip_score"]
+    assert "psnr_db" not in teacher["figures"]
+    assert report["shown"]["files"] == {
+        "tiny": ["pictures/00-00.png", "pictures/00-01.png"], "teacher": ["pictures/01-00.png", "pictures/01-01.png"],
+    }  # fmt: skip
+    for name in report["shown"]["files"]["tiny"]:
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size == (16, 16)
+    assert str(tmp_path) not in json.dumps(report)
+    again = CliRunner().invoke(app, arguments)
+    assert json.loads(again.stdout.splitlines()[-1])["candidates"] == report["candidates"]
+
+
+def quality_rows(bundle: str, base: str, clip: str, prompts: str, cache: str) -> Any:
+    """The rows of a quality report, None in a process that only helped; for processes that are forked."""
+    selection = Selection(bundles=(Path(bundle),), places=Places(base=base), cache_dir=Path(cache))
+    asked = Asked(prompts=Path(prompts), clip=clip, reference="none", psnr=False)
+    report = run_quality(selection, asked, out=None, command=[])
+    return None if report is None else [report["processes"], report["candidates"]]
+
+
+def test_two_processes_have_the_figures_of_one(
+    exported: Exported, tiny_base: Path, clip: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate with gloo; each process draws its own chunks of two prompts."""
+    monkeypatch.setattr(gallery, "CHUNK", 2)
+    given = [str(path) for path in (exported.path, tiny_base, clip, prompts)]
+    alone, rows = quality_rows(*given, str(tmp_path / "one"))
+    first, second = on_two(tmp_path / "results", quality_rows, *given, str(tmp_path / "two"))
+    assert second is None
+    assert (alone, first[0]) == (1, 2)
+    assert first[1] == rows
+
+
 def test_errors_are_one_line(exported: Exported, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
     for arguments, message in (
         (["latency", str(tmp_path / "none")], "error: no bundle at"),
         (["latency", str(exported.path), "--rounds", "0"], "error: --rounds 0 --sessions 5: at least one round"),
         (["latency", str(exported.path), "--vs", "x"], "error: --vs x: choose from torch"),
         (["latency", str(exported.path), "--vs", "torch", "--vs", "torch"], "error: --vs torch --vs torch: name each"),
         (["latency", str(exported.path), "--batch", "a"], "error: --batch"),
+        (["quality", str(exported.path)], "error: --prompts: tiny is not of the built-in model; name a file"),
+        (["quality", str(exported.path), "--prompts", str(tmp_path / "empty.txt")], "empty.txt: has no prompt"),
+        (["quality", str(exported.path), "--prompts", str(tmp_path / "p.txt"), "--vs", "compile"], "choose torch or"),
+        (["quality", str(exported.path), "--prompts", str(tmp_path / "p.txt")], "the judge sees 32 x 32 px"),
+        (["quality", str(exported.path), "--prompts", str(tmp_path / "p.txt"), "--clip", str(tmp_path)], "is missing"),
+        (["latency", str(exported.path), "--out", str(tmp_path / "p.txt")], "p.txt: is a file; name a folder"),
     ):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 1, arguments
