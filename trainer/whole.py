@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hypersd_export.bundle.digest import sha256_file
-from hypersd_export.bundle.disk import write_atomic
 from hypersd_export.diffusion import FewStepPlan
 from hypersd_export.errors import OptionError
+from hypersd_export.model.files import sha256_file
 from hypersd_export.model.lora import read_lora
 from trainer.config import override
 from trainer.distill.config import FEEDBACK, SCORE, DistillConfig
 from trainer.distill.feedback_recipes import recipe_by
 from trainer.distill.lora_file import plans_of, updates_of
 from trainer.distill.run import lora_name
+from trainer.distill.snapshot import writing
 from trainer.merge import Merged, merge
 
 TSCD = "tscd"
@@ -126,9 +126,14 @@ def write_report(out: Path, released: Sequence[Released], merged: Merged, logs: 
             for lora in released
         ],
     }
-    write_atomic(out / "loras.json", (json.dumps(contestants, indent=1) + "\n").encode())
-    write_atomic(out / "report.json", (json.dumps(data, indent=1) + "\n").encode())
-    write_atomic(out / "report.md", _markdown(data).encode())
+    texts = {
+        "loras.json": json.dumps(contestants, indent=1) + "\n",
+        "report.json": json.dumps(data, indent=1) + "\n",
+        "report.md": _markdown(data),
+    }
+    for name, text in texts.items():
+        with writing(out / name) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def last_figures(log: Path) -> list[dict[str, Any]]:
