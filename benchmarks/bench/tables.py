@@ -33,8 +33,11 @@ class Progress:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table; every column but the first is right-aligned."""
+        """Print a table, if it has rows; every column but the first is right-aligned."""
         from rich.table import Table
+
+        if not rows:
+            return
 
         table = Table(title=title, title_justify="left", title_style="bold")
         for number, name in enumerate(head):
