@@ -134,6 +134,75 @@ def quality(
             raise typer.Exit(1)
 
 
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="The --out of latency and quality.")]) -> None:
+    """Write report.html (one file, no network), report.md and report.json of what was measured."""
+    with one_line_errors(folder):
+        from benchmarks.bench.report import write_report
+
+        write_report(folder)
+        typer.echo(json.dumps({"report": str(folder / "report.html")}))
+
+
+@app.command()
+def gate(
+    folder: Annotated[Path, typer.Argument(help="The --out of latency and quality.")],
+    baseline: Annotated[Path, typer.Option(help="A report.json of before.")],
+) -> None:
+    """Fail if quality, or the ratio to a peer, has become worse by more than its noise."""
+    with one_line_errors(folder):
+        from benchmarks.bench.gate import run_gate
+
+        verdict = run_gate(folder, baseline)
+        for line in verdict.left_out:
+            typer.echo(f"not compared: {line}", err=True)
+        for line in verdict.falls:
+            typer.echo(f"worse: {line}", err=True)
+        data = {"passed": verdict.passed, "compared": verdict.compared, "worse": verdict.falls}
+        finish({**data, "not_compared": verdict.left_out})
+        if not verdict.passed:
+            raise typer.Exit(1)
+
+
+@app.command("all")
+def everything(
+    out: Annotated[Path, typer.Option(help="A folder for the bundles and the report.")],
+    steps: Annotated[
+        str, typer.Option(metavar="N[,N…]", help="Step counts; the first one's peers are timed.")
+    ] = "4,1,2,8",
+    form: Annotated[
+        list[str] | None,
+        typer.Option(help="onnx-fp32, onnx-fp16, onnx-single, coreml, tensorrt; repeatable (default: all)."),
+    ] = None,
+    vs: Versus = None,
+    count: Annotated[int, typer.Option(help="Held-out prompts of the quality.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Timed pictures of each.")] = 100,
+    sessions: Annotated[int, typer.Option(help="How often everybody is started anew.")] = 5,
+    batch: Annotated[str | None, typer.Option(metavar="N[,N…]", help="Pictures at once, beside one.")] = None,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """The whole report of the built-in model: export, time, examine, write; a run that was stopped is gone on with."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `quality`
+    with one_line_errors(out, cache_dir):
+        check_out(out)
+        from benchmarks.bench.everything import Everything, run_all
+        from benchmarks.bench.latency import Options
+        from benchmarks.bench.machine import available_cores
+        from hypersd_export.spec import parse_ints
+
+        options = Options(
+            rounds=rounds, sessions=sessions, batches=parse_ints("--batch", batch) or (),
+            threads=threads or available_cores(),
+        )  # fmt: skip
+        asked = Everything(
+            steps=parse_ints("--steps", steps) or (), forms=tuple(form) if form else None,
+            versus=tuple(vs) if vs else None, count=count, options=options, cache_dir=cache_dir,
+        )  # fmt: skip
+        run_all(asked, out, command=command_line())
+        typer.echo(json.dumps({"report": str(out / "report.html")}))
+
+
 def finish(report: dict[str, Any]) -> None:
     """The last line of standard output."""
     typer.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))

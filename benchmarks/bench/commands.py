@@ -1,13 +1,13 @@
 """What the subcommands of `hypersd-bench` do: open, measure, print tables, write the parts of the report."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import figures, machine, tables
+from benchmarks.bench import figures, layout, machine, tables
 from benchmarks.bench.entrants import (
+    Entrant,
     OpenBundle,
     Versus,
     bundle_entrant,
@@ -16,13 +16,11 @@ from benchmarks.bench.entrants import (
     speed_entrant,
 )
 from benchmarks.bench.latency import Options, race
+from benchmarks.bench.parts import LATENCY_FILE, write_part
 from benchmarks.bench.weights import Places
 from benchmarks.bench.work import unet_work
 from hypersd_export.bundle.cache import StageCache, default_cache_dir
-from hypersd_export.bundle.disk import write_atomic
 from hypersd_export.errors import OptionError
-
-LATENCY_FILE, QUALITY_FILE = "latency.json", "quality.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +33,8 @@ class Selection:
     runtime: str | None = None
     provider: str | None = None
     places: Places = field(default_factory=Places)
+    absent: tuple[tuple[str, str], ...] = ()
+    """Bundles that could not be made, and why: they have a row that says so."""
     cache_dir: Path | None = None
 
     @property
@@ -63,6 +63,7 @@ def run_latency(
         )  # fmt: skip
         entrants = [bundle_entrant(bundle, prompt=prompt, threads=options.threads) for bundle in bundles]
         entrants += [versus.entrant(kind) for kind in selection.versus]
+        entrants += [Entrant(name=name, kind="bundle", missing=why) for name, why in selection.absent]
         speed = speed_entrant(options.threads)
         times = race([*entrants, speed], options, energy, tell=progress.tell)
         work = {bundle.name: unet_work(bundle.path, bundle.manifest) for bundle in bundles}
@@ -72,15 +73,7 @@ def run_latency(
             entrants, times, options, speed=times.get(speed.name), work=work, energy=energy, machine=described,
             prompt=prompt, command=command,
         )  # fmt: skip
-        progress.table("Latency", tables.LATENCY_HEAD, tables.latency_rows(report))
-        for line in tables.not_measured(report):
-            progress.note(line)
+        progress.table(layout.latency_table({"latency": report}))
+        progress.left_out({"latency": report})
     write_part(out, LATENCY_FILE, report)
     return report
-
-
-def write_part(out: Path | None, name: str, report: dict[str, Any]) -> None:
-    """A part of the report, where one is wanted."""
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / name, (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

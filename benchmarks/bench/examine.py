@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from benchmarks.bench import machine, tables
-from benchmarks.bench.commands import QUALITY_FILE, Selection, write_part
+from benchmarks.bench import layout, machine, tables
+from benchmarks.bench.commands import Selection
 from benchmarks.bench.drawers import BundleDrawer, Drawer, TorchDrawer
 from benchmarks.bench.entrants import TEACHER, TEACHER_STEPS, TORCH, OpenBundle, plan_facts
 from benchmarks.bench.eyes import open_eye
-from benchmarks.bench.figures import now
 from benchmarks.bench.gallery import Gallery, Series, Share
+from benchmarks.bench.parts import QUALITY_FILE, QUALITY_FORMAT, now, write_part
 from benchmarks.bench.prompts import Prompt, builtin_prompts, chosen, read_prompts
-from benchmarks.bench.quality import METRICS, Candidate, Exam, Question, rows_of
+from benchmarks.bench.quality import Candidate, Exam, Question, rows_of
 from benchmarks.bench.weights import Places, source_of, teacher_plan
 from benchmarks.feature_cache import FeatureCache
 from hypersd_export.bundle.digest import digest_json
@@ -25,7 +25,6 @@ from hypersd_export.diffusion import FewStepPlan
 from hypersd_export.errors import HypersdError, OptionError
 from hypersd_export.spec import BUILTIN
 
-FORMAT = "hypersd-quality/1"
 BUILTIN_COUNT = 256
 PICTURES = "pictures"
 
@@ -54,6 +53,7 @@ def run_quality(
     prompts = prompts_of(asked, bundles[0])
     maker = Maker(bundles, selection.places, asked)
     candidates = [*map(maker.bundle, bundles), *(maker.versus(kind) for kind in selection.versus)]
+    candidates += [Candidate(name=name, kind="bundle", facts={}, missing=why) for name, why in selection.absent]
     reference, reference_why = maker.reference(asked.reference)
     logging.disable_progress_bar()
     eye = open_eye(asked.clip, prefix=asked.clip_prefix)
@@ -68,16 +68,15 @@ def run_quality(
             return None
         rows = rows_of(exam, candidates)
         report = {
-            "format": FORMAT, "created": now(), "command": list(command),
+            "format": QUALITY_FORMAT, "created": now(), "command": list(command),
             "machine": machine.describe(machine.available_cores()), "processes": share.world, "eye": dict(eye.protocol),
             "prompts": described(asked, prompts, question), "reference": reference_name(asked, reference_why),
             "first": next((row["name"] for row in rows if row["status"] == "measured"), None), "candidates": rows,
         }  # fmt: skip
         if out is not None:
             report["shown"] = show(gallery, question, candidates, rows, out, asked.shown)
-        progress.table("Quality", HEAD, quality_rows(report))
-        for line in tables.not_measured({"entrants": rows}):
-            progress.note(line)
+        progress.table(layout.quality_table({"quality": report}))
+        progress.left_out({"quality": report})
     write_part(out, QUALITY_FILE, report)
     return report
 
@@ -191,23 +190,3 @@ def first_pictures(series: Series, count: int) -> Series:
             break
         found += chunk.prompts
     return Series(prompts=tuple(found), first_seed=series.first_seed)
-
-
-HEAD = ("", *(name for name, _, _, _ in METRICS.values()))
-
-
-def quality_rows(report: dict[str, Any]) -> list[list[str]]:
-    """A row a candidate that was measured, as text."""
-    rows = []
-    for row in report["candidates"]:
-        if row["status"] != "measured":
-            continue
-        cells = [row["name"]]
-        for metric, (_, _, factor, digits) in METRICS.items():
-            figure = row["figures"].get(metric)
-            if figure is None or "low" in figure:
-                cells.append(tables.interval(figure, digits, factor))
-            else:
-                cells.append(tables.number(factor * figure["value"], digits))
-        rows.append(cells)
-    return rows

@@ -1,6 +1,5 @@
-"""From measured times to the latency report: plain JSON, format `hypersd-latency/1`."""
+"""From measured times to the latency report: plain JSON, of `benchmarks.bench.parts`."""
 
-import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,19 +8,14 @@ import numpy as np
 from benchmarks.bench.entrants import Entrant
 from benchmarks.bench.latency import Options, Times
 from benchmarks.bench.machine import Energy
+from benchmarks.bench.parts import LATENCY_FORMAT, now
 from benchmarks.bench.work import roofline
 from benchmarks.stats import LEAST, Estimate, estimate, ratio, summary
 from hypersd_export.runtime.golden import psnr
 
-FORMAT = "hypersd-latency/1"
 PSNR_CAP_DB = 200.0
 """Stands for equal pictures: JSON has no infinity."""
 BYTES = {"fp32": 4, "fp16": 2}
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def report(
@@ -50,7 +44,8 @@ def report(
             row |= _roofline(row, measured, work.get(entrant.name, work.get("", {})), peak)
         rows.append(row)
     return {
-        "format": FORMAT, "created": now(), "command": list(command), "machine": dict(machine), "prompt": prompt,
+        "format": LATENCY_FORMAT, "created": now(), "command": list(command), "machine": dict(machine),
+        "prompt": prompt,
         "options": {
             "rounds": options.rounds, "sessions": options.sessions, "warmup": options.warmup,
             "batches": sorted({1, *options.batches}), "threads": options.threads,

@@ -223,7 +223,9 @@ def rows_of(exam: Exam, candidates: Sequence[Candidate]) -> list[dict[str, Any]]
             rows.append({**row, "status": "not run", "why": str(error)})
             continue
         row |= {"status": "measured", "figures": figures_json(estimates, len(exam.question.prompts))}
-        row["categories"] = by_category(exam.scores(candidate), exam.question.prompts)
+        scores = exam.scores(candidate)
+        row["categories"] = by_category(scores, exam.question.prompts)
+        row["scores"] = [round(float(score), 3) for score in scores]
         if first is None:
             first = estimates
         else:

@@ -1,7 +1,10 @@
 """Tables on standard error, and one line of progress."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.bench.layout import Table
 
 
 class Progress:
@@ -32,49 +35,28 @@ class Progress:
         """Print one line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, table: "Table") -> None:
         """Print a table, if it has rows; every column but the first is right-aligned."""
-        from rich.table import Table
+        from rich.table import Table as Grid
 
-        if not rows:
+        from benchmarks.bench.layout import without_empty
+
+        if not table.rows:
             return
+        table = without_empty(table)
+        grid = Grid(title=table.title, title_justify="left", title_style="bold")
+        for number, name in enumerate(table.head):
+            grid.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        for row in table.rows:
+            grid.add_row(*row)
+        self.console.print(grid)
 
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for number, name in enumerate(head):
-            table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
+    def left_out(self, data: Mapping[str, Any]) -> None:
+        """Print a line for whatever has no figures."""
+        from benchmarks.bench.layout import not_run_table
 
-
-LATENCY_HEAD = ("", "p50 ms", "p90", "p99", "times the first", "first image s", "images/s", "peak MB", "size MB",
-                "of GEMM")  # fmt: skip
-
-
-def latency_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """A row an entrant of a latency report that was measured, as text."""
-    rows = []
-    for entrant in report["entrants"]:
-        if entrant["status"] != "measured":
-            continue
-        image, again = entrant["image_ms"], entrant.get("ratio")
-        share = entrant.get("roofline", {}).get("of_gemm")
-        rows.append(
-            [
-                entrant["name"], *(number(image.get(name)) for name in ("p50", "p90", "p99")), interval(again),
-                number(entrant["cold_start_s"]["median"]), number(entrant["images_per_s"]["1"]["value"]),
-                number(entrant["peak_mb"], 0), number(entrant.get("size_mb"), 1),
-                "" if share is None else f"{100 * share:.0f} %",
-            ]
-        )  # fmt: skip
-    return rows
-
-
-def not_measured(report: Mapping[str, Any]) -> list[str]:
-    """A line an entrant that was not measured, with the reason."""
-    return [
-        f"{row['name']}: {row['status']}: {row['why']}" for row in report["entrants"] if row["status"] != "measured"
-    ]
+        for name, what, why in not_run_table(data).rows:
+            self.note(f"{name}: no {what}: {why}")
 
 
 def number(value: float | None, digits: int = 2) -> str:

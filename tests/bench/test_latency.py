@@ -9,8 +9,9 @@ import pytest
 from benchmarks.bench import figures, latency
 from benchmarks.bench.entrants import Entrant
 from benchmarks.bench.latency import Options, Times, race
+from benchmarks.bench.layout import latency_table, not_run_table
 from benchmarks.bench.machine import Energy, clocks, cpu_name, describe
-from benchmarks.bench.tables import interval, latency_rows, not_measured, number
+from benchmarks.bench.tables import interval, number
 from benchmarks.bench.work import count, roofline
 from hypersd_export.errors import OptionError
 
@@ -55,8 +56,8 @@ def test_everybody_in_turn_and_who_fails_is_out(monkeypatch):
     assert rows["b"]["picture_psnr_db"] == 200.0
     assert "ratio" not in rows["dies"]
     json.dumps(report, allow_nan=False)
-    assert len(latency_rows(report)) == 2
-    assert not_measured(report)[1] == "refuses: not run: refuses: no such weights"
+    assert [cells[0] for cells in latency_table({"latency": report}).rows] == ["a", "b"]
+    assert not_run_table({"latency": report}).rows[1] == ("refuses", "latency", "refuses: no such weights")
 
 
 def times_of(seconds, **more):
