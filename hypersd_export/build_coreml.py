@@ -3,14 +3,14 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hypersd_export.build import Artifacts, Built, Workshop, build_notes
 from hypersd_export.bundle.apple_note import resources_note
 from hypersd_export.bundle.cache import Stage
-from hypersd_export.coreml_worker import Conversion, Palettizing, Playing, Task, run_apart
+from hypersd_export.coreml_worker import Conversion, Cutting, Palettizing, Playing, Task, run_apart
 from hypersd_export.diffusion.apple import plays_exactly
 from hypersd_export.graphs.spec import Component
 from hypersd_export.job import GOLDEN_SEED, Job, code_digests
@@ -36,6 +36,8 @@ APPLE_PORTS: Mapping[str, Ports] = {
     Component.VAE_ENCODER.value: {"sample": Port(name="x"), "latent_parameters": Port(name="latent")},
 }
 """Where our inputs and outputs lie in packages of Apple's layout (`graphs.apple`)."""
+PIECES = ("unet_chunk1.mlpackage", "unet_chunk2.mlpackage")
+"""The UNet's packages where it is cut."""
 RESOURCES = "Resources"
 PALETTIZED = (Component.TEXT_ENCODER, Component.UNET)
 """What gets palettes; the VAE is small, and the first to show them."""
@@ -43,16 +45,23 @@ PALETTIZED = (Component.TEXT_ENCODER, Component.UNET)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packages:
-    """The stages of one export's packages: `COMPONENT.mlpackage`, config.json and build.json in each."""
+    """The stages of one export's packages: `COMPONENT.mlpackage` or its pieces, config.json and build.json in each."""
 
     flags: CoreMLFlags
     stages: Mapping[Component, Stage]
 
     @property
-    def names(self) -> dict[Component, str]:
-        """Each component's package in the bundle."""
-        apple = self.flags.layout == "apple"
-        return {c: f"{c}/{APPLE_NAMES[c] if apple else c}.mlpackage" for c in self.stages}
+    def names(self) -> dict[Component, dict[str, str]]:
+        """Each component's packages, in their order: the name in its stage → the one in the bundle."""
+        found = {}
+        for component, stage in self.stages.items():
+            name, piece = (APPLE_NAMES[component], "Chunk") if self.flags.layout == "apple" else (component, "_chunk")
+            whole = (stage.path / f"{component}.mlpackage").is_dir()
+            names = {f"{component}.mlpackage": name} if whole else {
+                file: f"{name}{piece}{number}" for number, file in enumerate(PIECES, start=1)
+            }  # fmt: skip
+            found[component] = {file: f"{component}/{name}.mlpackage" for file, name in names.items()}
+        return found
 
     @property
     def ports(self) -> Mapping[str, Ports]:
@@ -61,7 +70,7 @@ class Packages:
 
     def files(self) -> dict[str, Path]:
         """What a bundle gets, by its name there."""
-        found = {name: self.stages[c].path / f"{c}.mlpackage" for c, name in self.names.items()}
+        found = {name: self.stages[c].path / file for c, names in self.names.items() for file, name in names.items()}
         return found | {f"{c}/config.json": stage.path / "config.json" for c, stage in self.stages.items()}
 
 
@@ -74,7 +83,7 @@ def coreml_target(workshop: Workshop) -> Built:
         f"{flags.attention} attention"
     )
     raw = Packages(flags=flags, stages={component: package_stage(workshop, component) for component in job.components})
-    packages = palettized(workshop, raw)
+    packages = cut(workshop, palettized(workshop, raw))
     files, extra = packages.files(), {}
     if flags.layout == "apple":
         plays = played(workshop)
@@ -88,7 +97,7 @@ def coreml_target(workshop: Workshop) -> Built:
         record=record(job, packages) | extra,
         artifacts=tuple(
             artifacts(each, precision, published=each is packages)
-            for each in ((packages,) if packages is raw else (packages, raw))
+            for each in ((packages,) if flags.palettize is None else (packages, raw))
         ),
     )
 
@@ -120,24 +129,39 @@ def palettized(workshop: Workshop, packages: Packages) -> Packages:
             source=raw.path, name=f"{component}.mlpackage", bits=int(flags.palettize or 0),
             deployment_target=flags.deployment_target,
         )  # fmt: skip
-
-        def build(folder: Path) -> None:
-            notes = build_notes(raw)
-            found = run_apart(task, folder, progress=workshop.clock.reporter.detail)
-            shutil.copyfile(raw.path / "config.json", folder / "config.json")
-            notes["built"] |= found | {"bytes_before": notes["built"]["bytes"]}
-            (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
-
         depends = {
             "package": raw.key,
             "bits": task.bits,
             "coremltools": vendor.version(),
             "code": code_digests(("targets/coreml", "coreml_worker.py")),
         }
-        return workshop.stage(f"coreml-{component}-{task.bits}bit", depends, build)
+        return derived(workshop, f"coreml-{component}-{task.bits}bit", raw, task, depends)
 
     stages = {c: stage(c, raw) if c in PALETTIZED else raw for c, raw in packages.stages.items()}
     return Packages(flags=flags, stages=stages)
+
+
+def cut(workshop: Workshop, packages: Packages) -> Packages:
+    """The packages with the UNet in two pieces, if that is asked for."""
+    if not packages.flags.chunk_unet:
+        return packages
+    whole = packages.stages[Component.UNET]
+    task = Cutting(source=whole.path, name=f"{Component.UNET}.mlpackage", pieces=PIECES)
+    depends = {"package": whole.key, "code": code_digests(("targets/coreml", "coreml_worker.py"))}
+    stage = derived(workshop, "coreml-unet-chunks", whole, task, depends)
+    return replace(packages, stages={**packages.stages, Component.UNET: stage})
+
+
+def derived(workshop: Workshop, name: str, source: Stage, task: Task, depends: Mapping[str, Any]) -> Stage:
+    """The stage of a package that is made from another one's: its config.json, and its figures added in build.json."""
+
+    def build(folder: Path) -> None:
+        notes = build_notes(source)
+        notes["built"] |= run_apart(task, folder, progress=workshop.clock.reporter.detail)
+        shutil.copyfile(source.path / "config.json", folder / "config.json")
+        (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
+
+    return workshop.stage(name, depends, build)
 
 
 def record(job: Job, packages: Packages) -> dict[str, Any]:
@@ -152,7 +176,7 @@ def record(job: Job, packages: Packages) -> dict[str, Any]:
         "compute_units": flags.compute_units,
         "palettize": flags.palettize,
         "components": {
-            c.value: {"packages": [packages.names[c]], **note["built"]} for c, note in notes.items()
+            c.value: {"packages": list(packages.names[c].values()), **note["built"]} for c, note in notes.items()
         },
         "ports": {
             component: {name: port.to_json() for name, port in ports.items()}
@@ -222,7 +246,7 @@ def resources_stage(workshop: Workshop, packages: Packages, plays: Mapping[int, 
     job = workshop.job
     base, plan = job.source.base, job.plans.default.plan
     facts = {
-        "packages": list(packages.names.values()),
+        "packages": [name for names in packages.names.values() for name in names.values()],
         "units": packages.flags.compute_units,
         "guidance": plan.guidance.scale if job.shapes.unet_batch > job.shapes.batch else 1.0,
         "scale": job.wiring.scaling_factor,

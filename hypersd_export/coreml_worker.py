@@ -136,6 +136,38 @@ class Palettizing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Cutting:
+    """A package `name` of the folder `source` as two of these names in another folder."""
+
+    source: Path
+    name: str
+    pieces: tuple[str, str]
+
+    @property
+    def what(self) -> str:
+        """See `Task`."""
+        return f"the pieces of {self.name}"
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {**asdict(self), "source": str(self.source)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Cutting":
+        """See `Task`."""
+        first, second = data["pieces"]
+        return cls(source=Path(data["source"]), name=data["name"], pieces=(first, second))
+
+    def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """See `Task`; the figures of the pieces."""
+        from hypersd_export.targets.coreml import chunk
+
+        progress(f"cutting {self.name}")
+        first, second = (folder / name for name in self.pieces)
+        return chunk.build(self.source / self.name, first, second)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Playing:
     """How far the plans' pictures are from what Apple's scheduler makes of them, where it only comes near."""
 
@@ -175,7 +207,7 @@ class Playing:
         return {str(steps): db for steps, db in found.items()}
 
 
-TASKS: Mapping[str, type[Task]] = {task.__name__: task for task in (Conversion, Palettizing, Playing)}
+TASKS: Mapping[str, type[Task]] = {task.__name__: task for task in (Conversion, Palettizing, Cutting, Playing)}
 
 
 def run_apart(task: Task, folder: Path, *, progress: Progress) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy.typing as npt
 
 from hypersd_export.errors import BundleError, OptionError
+from hypersd_export.runtime.chain import chained
 from hypersd_export.runtime.graph import Array, Graph, Run, Tensor, as_input
 from hypersd_export.runtime.ports import PortedGraph, Ports
 from hypersd_export.verify.mil import Package, open_package
@@ -64,10 +65,11 @@ class InterpretedGraph:
 class InterpretedRuntime:
     """The packages of one bundle, evaluated by the MIL interpreter.
 
-    packages: by component, or the one of `SINGLE`. ports: by component, where the packages have another layout.
+    packages: by component, or the one of `SINGLE`; several where one was cut into pieces, in their order. ports: by
+    component, where the packages have another layout.
     """
 
-    packages: Mapping[str, Path]
+    packages: Mapping[str, Path | tuple[Path, ...]]
     ports: Mapping[str, Ports] = field(default_factory=dict)
     name: str = field(default="coreml", init=False)
     provider: str = field(default="MIL interpreter", init=False)
@@ -83,7 +85,9 @@ class InterpretedRuntime:
         if component not in self.packages:
             raise BundleError(f"no package of {component}, only of {', '.join(self.packages)}: export the bundle again")
         if component not in self._graphs:
-            graph = InterpretedGraph(package=open_package(self.packages[component]))
+            given = self.packages[component]
+            paths = given if isinstance(given, tuple) else (given,)
+            graph = chained(tuple(InterpretedGraph(package=open_package(path)) for path in paths))
             ports = self.ports.get(component)
             self._graphs[component] = PortedGraph(graph=graph, ports=ports) if ports else graph
         return self._graphs[component]

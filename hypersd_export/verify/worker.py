@@ -95,7 +95,7 @@ class Verification:
         if self.request.target is Target.COREML:
             from hypersd_export.verify.coreml import InterpretedRuntime
 
-            packages = {c.value: folder / f"{c}.mlpackage" for c, folder in self.request.components.items()}
+            packages = {c.value: packages_in(folder, c) for c, folder in self.request.components.items()}
             return InterpretedRuntime(packages=packages, ports=self.request.ports)
         return OnnxRuntime(path=self.request.bundle, provider=self.request.provider)
 
@@ -103,6 +103,11 @@ class Verification:
     def provider(self) -> str:
         """What the artifacts run on here, for lines on the progress."""
         return "interpreter" if self.request.target is Target.COREML else self.request.provider
+
+
+def packages_in(folder: Path, component: Component) -> tuple[Path, ...]:
+    """A component's package in a folder, or its pieces in their order."""
+    return tuple(sorted(folder.glob(f"{component}*.mlpackage"))) or (folder / f"{component}.mlpackage",)
 
 
 def verify(request: VerifyRequest, progress: Progress = lambda _: None) -> dict[str, Any]:

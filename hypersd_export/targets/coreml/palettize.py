@@ -42,7 +42,7 @@ def build(source: Path, path: Path, *, bits: int, deployment_target: str) -> dic
     with package.loaded(source, path.parent) as model:
         package.save(vendor.palettize(model, functools.partial(palette, bits=bits), sizes), path)
     figures = {"bits": bits, "group_size": GROUP_SIZE if grouped else None, "weights": len(shapes)}
-    return {**package.facts(path), "palettes": figures}
+    return {**package.facts(path), "bytes_before": package.facts(source)["bytes"], "palettes": figures}
 
 
 def weights(model: Any) -> dict[str, tuple[int, ...]]:
