@@ -97,6 +97,10 @@ def quality(
     ] = "teacher",
     teacher_steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 25,
     teacher_guidance: Annotated[float | None, typer.Option(help="Its guidance (built-in: its own; else 7.5).")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND[=MODEL]", help="clip, aesthetic, image_reward, pick_score, hps, preference."),
+    ] = None,
     psnr: Annotated[bool, typer.Option("--psnr/--no-psnr", help="Draw everything in torch too, and compare.")] = True,
     shown: Annotated[int, typer.Option(help="Pictures of everybody for the report.")] = 8,
     steps: Steps = None,
@@ -125,6 +129,7 @@ def quality(
         asked = Asked(
             prompts=prompts, count=count, clip=clip, clip_prefix=clip_prefix, reference=reference,
             teacher_steps=teacher_steps, teacher_guidance=teacher_guidance, psnr=psnr, shown=shown,
+            rewards=tuple(reward or ()),
         )  # fmt: skip
         report = run_quality(selection, asked, out=out, command=command_line())
         if report is None:

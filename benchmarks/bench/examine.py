@@ -18,6 +18,7 @@ from benchmarks.bench.gallery import Gallery, Series, Share
 from benchmarks.bench.parts import QUALITY_FILE, QUALITY_FORMAT, now, write_part
 from benchmarks.bench.prompts import Prompt, builtin_prompts, chosen, read_prompts
 from benchmarks.bench.quality import Candidate, Exam, Question, rows_of
+from benchmarks.bench.scorers import open_scorers
 from benchmarks.bench.weights import Places, source_of, teacher_plan
 from benchmarks.feature_cache import FeatureCache
 from hypersd_export.bundle.digest import digest_json
@@ -42,6 +43,7 @@ class Asked:
     teacher_steps: int = TEACHER_STEPS
     teacher_guidance: float | None = None
     psnr: bool = True
+    rewards: tuple[str, ...] = ()
     shown: int = 8
 
 
@@ -57,11 +59,12 @@ def run_quality(
     reference, reference_why = maker.reference(asked.reference)
     logging.disable_progress_bar()
     eye = open_eye(asked.clip, prefix=asked.clip_prefix)
+    scorers = open_scorers(asked.rewards)
     share = Share.of_launch()
     question = Question(prompts=tuple(prompts), reference=reference)
     with tables.Progress(quiet=share.rank > 0) as progress:
         cache = FeatureCache(selection.cache / "bench")
-        gallery = Gallery(cache=cache, eye=eye, share=share, tell=progress.tell)
+        gallery = Gallery(cache=cache, eye=eye, scorers=scorers, share=share, tell=progress.tell)
         exam = Exam(gallery=gallery, question=question)
         exam.draw(candidates)
         if share.rank > 0:
@@ -70,6 +73,7 @@ def run_quality(
         report = {
             "format": QUALITY_FORMAT, "created": now(), "command": list(command),
             "machine": machine.describe(machine.available_cores()), "processes": share.world, "eye": dict(eye.protocol),
+            "rewards": {scorer.metric: scorer.digest for scorer in scorers},
             "prompts": described(asked, prompts, question), "reference": reference_name(asked, reference_why),
             "first": next((row["name"] for row in rows if row["status"] == "measured"), None), "candidates": rows,
         }  # fmt: skip

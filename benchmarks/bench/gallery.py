@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from benchmarks.bench.drawers import Drawer
 from benchmarks.bench.eyes import Eye
+from benchmarks.bench.scorers import Scorer
 from benchmarks.feature_cache import FeatureCache
 
 CHUNK = 32
@@ -31,6 +32,16 @@ class Series:
         """The same in pieces."""
         for start in range(0, len(self.prompts), CHUNK):
             yield Series(prompts=self.prompts[start : start + CHUNK], first_seed=self.first_seed + start)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A series that is drawn; whether the eye looks at it, and whether the rewards do."""
+
+    drawer: Drawer
+    series: Series
+    looked_at: bool = True
+    scored: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,20 +65,26 @@ class Share:
 
 @dataclass(kw_only=True)
 class Gallery:
-    """Pictures by drawers and features by one eye, through the cache. `tell` hears how far it is."""
+    """Pictures by drawers, features by one eye and scores by rewards, through the cache. `tell` hears how far it is."""
 
     cache: FeatureCache
     eye: Eye
+    scorers: Sequence[Scorer] = ()
     share: Share = field(default_factory=Share)
     tell: Callable[[str], None] = print
 
-    def prepare(self, drawer: Drawer, series: Series, what: str) -> None:
-        """Make this process's share of the pictures and features of a series."""
-        chunks = list(series.chunks())
+    def prepare(self, job: Job, what: str) -> None:
+        """Do this process's share of a job, and give the drawer's model back."""
+        chunks = list(job.series.chunks())
         for number, chunk in enumerate(chunks):
             if number % self.share.world == self.share.rank:
                 self.tell(f"{what}: {number + 1} of {len(chunks)}")
-                self._features(drawer, chunk)
+                self._pictures(job.drawer, chunk)
+                if job.looked_at:
+                    self._features(job.drawer, chunk)
+                for scorer in self.scorers if job.scored else ():
+                    self._scores(job.drawer, chunk, scorer)
+        job.drawer.close()
 
     def pictures(self, drawer: Drawer, series: Series) -> Array:
         """uint8 [N, H, W, 3]."""
@@ -76,6 +93,10 @@ class Gallery:
     def features(self, drawer: Drawer, series: Series) -> Array:
         """float64 [N, D], see `Eye`."""
         return np.concatenate([self._features(drawer, chunk) for chunk in series.chunks()])
+
+    def scores(self, drawer: Drawer, series: Series, scorer: Scorer) -> Array:
+        """float64 [N], of each picture with its own prompt."""
+        return np.concatenate([self._scores(drawer, chunk, scorer) for chunk in series.chunks()])
 
     def captions(self, texts: Sequence[str]) -> Array:
         """Features of captions, float64 [N, D]."""
@@ -94,6 +115,13 @@ class Gallery:
 
         key = {"features_of": picture_key(drawer, chunk), "eye": self.eye.digest}
         return self.cache.get(key, compute)["features"]
+
+    def _scores(self, drawer: Drawer, chunk: Series, scorer: Scorer) -> Array:
+        def compute() -> dict[str, Array]:
+            return {"scores": scorer.score(self._pictures(drawer, chunk), chunk.prompts)}
+
+        key = {"scores_of": picture_key(drawer, chunk), "reward": scorer.digest}
+        return self.cache.get(key, compute)["scores"]
 
 
 def picture_key(drawer: Drawer, chunk: Series) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.bench.drawers import Drawer
-from benchmarks.bench.gallery import Gallery, Series
+from benchmarks.bench.gallery import Gallery, Job, Series
 from benchmarks.bench.prompts import Prompt
 from benchmarks.metrics import clip_scores, diversity, frechet_distance, paired_cmmd, paired_kid, precision_recall
 from benchmarks.stats import Estimate, estimate
@@ -34,6 +34,12 @@ METRICS: Mapping[str, tuple[str, bool, float, int]] = {
     "recall": ("recall", True, 1.0, 3),
     "diversity": ("diversity × 100", True, 100.0, 2),
     "psnr_db": ("PSNR to torch, dB", True, 1.0, 1),
+    "reward_clip": ("reward: CLIP", True, 1.0, 2),
+    "reward_aesthetic": ("aesthetic", True, 1.0, 3),
+    "reward_image_reward": ("ImageReward", True, 1.0, 3),
+    "reward_pick_score": ("PickScore", True, 1.0, 3),
+    "reward_hps": ("HPS", True, 1.0, 3),
+    "reward_preference": ("preference", True, 1.0, 3),
 }
 """By key: name, whether higher is better, factor and decimals for a reader; JSON has the plain values."""
 Array = npt.NDArray[Any]
@@ -83,12 +89,15 @@ class Question:
         texts = tuple(dict.fromkeys(self.measured.prompts))[: self.varied]
         return Series(prompts=tuple(text for text in texts for _ in range(self.each)), first_seed=VARIETY_SEED)
 
-    def jobs(self, candidate: Candidate) -> list[tuple[Drawer, Series]]:
+    def jobs(self, candidate: Candidate) -> list[Job]:
         """All that is drawn for a candidate."""
         assert candidate.drawer is not None
-        jobs = [(candidate.drawer, self.measured), (candidate.drawer, self.spread)]
+        jobs = [
+            Job(drawer=candidate.drawer, series=self.measured, scored=True),
+            Job(drawer=candidate.drawer, series=self.spread),
+        ]
         if candidate.twin is not None:
-            jobs.append((candidate.twin, self.measured))
+            jobs.append(Job(drawer=candidate.twin, series=self.measured, looked_at=False))
         return jobs
 
 
@@ -104,15 +113,13 @@ class Exam:
         """This process's share of all pictures and features; then wait for the others."""
         reference = self.question.reference
         if reference is not None:
-            self.gallery.prepare(reference, self.question.compared, "reference")
-            reference.close()
+            self.gallery.prepare(Job(drawer=reference, series=self.question.compared), "reference")
         for candidate in candidates:
             if candidate.drawer is None:
                 continue
             try:
-                for drawer, series in self.question.jobs(candidate):
-                    self.gallery.prepare(drawer, series, candidate.name)
-                    drawer.close()
+                for job in self.question.jobs(candidate):
+                    self.gallery.prepare(job, candidate.name)
             except HypersdError as error:
                 self.failed[candidate.name] = str(error)
         self.gallery.share.wait()
@@ -126,6 +133,8 @@ class Exam:
         found = {"clip_score": mean_of_rows(clip_scores(features, captions))}
         if question.reference is not None:
             found |= against(features, gallery.features(question.reference, question.compared))
+        for scorer in gallery.scorers:
+            found[scorer.metric] = mean_of_rows(gallery.scores(candidate.drawer, question.measured, scorer))
         varied = gallery.features(candidate.drawer, question.spread)
         found["diversity"] = mean_of_rows(diversity(varied.reshape(-1, question.each, varied.shape[1])))
         if candidate.twin is not None:
