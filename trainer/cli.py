@@ -179,7 +179,7 @@ def _distill_config(method: str, recipe: str, base: str, data: str, assignments:
     from dataclasses import replace
 
     from trainer.config import override
-    from trainer.distill.feedback_recipes import recipe_by
+    from trainer.distill.recipes import recipe_by
 
     if any(assignment.partition("=")[0] == "method" for assignment in assignments):
         raise OptionError("--set method=…: only names the method and does not set its losses; use --method")

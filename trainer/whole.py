@@ -21,8 +21,8 @@ from hypersd_export.model.files import sha256_file
 from hypersd_export.model.lora import read_lora
 from trainer.config import override
 from trainer.distill.config import FEEDBACK, SCORE, DistillConfig
-from trainer.distill.feedback_recipes import recipe_by
 from trainer.distill.lora_file import plans_of, updates_of
+from trainer.distill.recipes import recipe_by
 from trainer.distill.run import lora_name
 from trainer.distill.snapshot import writing
 from trainer.merge import Merged, merge

@@ -19,9 +19,9 @@ from trainer.batch import Batch, Conditioning
 from trainer.config import override
 from trainer.distill import feedback_run
 from trainer.distill.config import sd15
-from trainer.distill.feedback_recipes import recipe_by
 from trainer.distill.memory import unet_of
 from trainer.distill.networks import Networks, Role
+from trainer.distill.recipes import recipe_by
 from trainer.distill.run import Distillation
 
 SMALLER = (

@@ -22,10 +22,10 @@ from trainer.distill import feedback_run
 from trainer.distill.config import LoraConfig, StageConfig, sd15, sdxl
 from trainer.distill.feedback import FeedbackStep, span_of
 from trainer.distill.feedback_config import FeedbackConfig, GuardConfig, Watch
-from trainer.distill.feedback_recipes import feedback_recipe
 from trainer.distill.guard import saturation, texture
 from trainer.distill.lora_file import Origin, plans_of
 from trainer.distill.networks import Networks, Role
+from trainer.distill.recipes import feedback_recipe
 from trainer.distill.rollout import Tables, play
 from trainer.distill.snapshot import newest
 from trainer.losses.feedback import bradley_terry, hinge

@@ -294,7 +294,9 @@ def test_its_stages_are_of_one_segment_and_have_no_critic():
 
 
 def test_the_command_says_what_it_would_do():
-    result = CliRunner().invoke(app, ["score", "--set", "score.steps=[1,2]", "--dry-run"])
+    result = CliRunner().invoke(
+        app, ["score", "--set", "score.steps=[1,2]", "--set", "score.student_every=2", "--dry-run"]
+    )
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     assert said["config"]["method"] == "score"

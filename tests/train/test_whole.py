@@ -18,7 +18,7 @@ def test_assignments_are_for_all_parts_or_for_one():
     assert {part: config.method for part, config in found.items()} == {part: part for part in PARTS}
     assert {config.batch for config in found.values()} == {8}
     assert (found[TSCD].lora.rank, found[FEEDBACK].lora.rank) == (4, 32)
-    assert (found[SCORE].stages[0].lr, found[SCORE].score.pairs, found[TSCD].score.pairs) == (0.5, 7, 2048)
+    assert (found[SCORE].stages[0].lr, found[SCORE].score.pairs, found[TSCD].score.pairs) == (0.5, 7, 1024)
     assert found[SCORE].score.steps == UNIFIED_STEPS
     assert {config.data.source for config in configurations("sd15", data="./pictures").values()} == {"./pictures"}
     with pytest.raises(OptionError, match="they need the same base"):

@@ -301,7 +301,7 @@ def builtin() -> DistillConfig:
     critic = AdversarialConfig(backend=Backend.FROZEN, real=Real.DATA, reach=0.1, lr=2e-3)
     return DistillConfig(
         method="tscd", stages=stages, distance=Distance.HUBER, edge_share=1.0, lora=LoraConfig(rank=32, alpha=32.0),
-        adversarial=critic, score=ScoreConfig(student_every=2, lr=4e-4, pairs=2048), batch=32,
+        adversarial=critic, score=ScoreConfig(student_every=1, lr=4e-4, pairs=1024, w_anchor=0.5), batch=32,
         weight_decay=0.0, warmup=20, cooldown=0.5, validate_every=200,
     )  # fmt: skip
 

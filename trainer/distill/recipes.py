@@ -1,7 +1,7 @@
-"""The recipes of human feedback: a distillation's, with its one stage and its rewards.
+"""The recipes of the methods that go on from a few-step LoRA: a distillation's, with their one stage.
 
-Paper (arXiv 2404.13686): the rewards, their equal weights, batch and learning rate, a LoRA of its own. It discloses
-neither the targets nor the number of updates; every other figure is ours, or named.
+Human feedback, paper (arXiv 2404.13686): the rewards, their equal weights, batch and learning rate, a LoRA of its own.
+It discloses neither the targets nor the number of updates; every other figure is ours, or named.
 """
 
 from dataclasses import replace
@@ -9,6 +9,7 @@ from dataclasses import replace
 from hypersd_export.errors import OptionError
 from trainer.distill.config import (
     FEEDBACK,
+    SCORE,
     DistillConfig,
     StageConfig,
     builtin,
@@ -58,7 +59,15 @@ def feedback_recipe(name: str) -> DistillConfig:
 
 def recipe_by(name: str, method: str) -> DistillConfig:
     """The recipe `name` by any method, this one too; OptionError for a name or a method that there is not."""
-    return feedback_recipe(name) if method == FEEDBACK else with_method(recipe(name), method)
+    if method == FEEDBACK:
+        return feedback_recipe(name)
+    return score_builtin() if (name, method) == ("builtin", SCORE) else with_method(recipe(name), method)
+
+
+def score_builtin() -> DistillConfig:
+    """All ours (docs/log.md): the student learns in every step, at a rate near that of the stages before."""
+    config = with_method(builtin(), SCORE)
+    return replace(config, stages=(replace(config.stages[0], steps=600, lr=3e-4),), ema_decay=0.98)
 
 
 def _with_feedback(
