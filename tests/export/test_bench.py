@@ -151,7 +151,10 @@ def test_errors_are_one_line(exported: Exported, tmp_path: Path) -> None:
         (["quality", str(exported.path)], "error: --prompts: tiny is not of the built-in model; name a file"),
         (["quality", str(exported.path), "--prompts", str(tmp_path / "empty.txt")], "empty.txt: has no prompt"),
         (["quality", str(exported.path), "--prompts", str(tmp_path / "p.txt"), "--vs", "compile"], "choose torch or"),
-        (["quality", str(exported.path), "--prompts", str(tmp_path / "p.txt")], "the judge sees 32 x 32 px"),
+        (
+            ["quality", str(exported.path), "--prompts", str(tmp_path / "p.txt"), "--reference", "none"],
+            "the judge sees 32 x 32 px",
+        ),
         (["quality", str(exported.path), "--prompts", str(tmp_path / "p.txt"), "--clip", str(tmp_path)], "is missing"),
         (["latency", str(exported.path), "--out", str(tmp_path / "p.txt")], "p.txt: is a file; name a folder"),
     ):
