@@ -75,17 +75,17 @@ def interpreted(bundle: OpenBundle) -> Any:
     """The pipeline of a bundle's Core ML packages as the MIL interpreter computes it: slow, and anywhere."""
     from hypersd_export.runtime.folder import Folder
     from hypersd_export.runtime.pipeline import Pipeline
+    from hypersd_export.runtime.ports import Port
     from hypersd_export.verify.coreml import InterpretedRuntime
 
-    record = bundle.manifest.targets["coreml"]
-    if record.get("layout") != "plain":
-        raise BundleError(
-            f"{bundle.name}: Core ML packages in the layout {record.get('layout')!r}; export --layout plain"
-        )
+    ports = {
+        component: {name: Port.from_json(port) for name, port in listed.items()}
+        for component, listed in bundle.manifest.targets["coreml"].get("ports", {}).items()
+    }
     packages = {name: bundle.path / package for name, package in _packages(bundle.manifest)}
     return Pipeline(
         path=bundle.path, plans=Folder(bundle.path).plans(), digest=bundle.digest,
-        runtime=InterpretedRuntime(packages=packages),
+        runtime=InterpretedRuntime(packages=packages, ports=ports),
     )  # fmt: skip
 
 

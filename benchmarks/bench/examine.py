@@ -127,7 +127,7 @@ class Maker:
     def reference(self, name: str) -> tuple[Drawer | None, str]:
         """The reference's drawer, or why there is none."""
         if name == "none":
-            return None, "none was asked for"
+            return None, ""
         if name != TEACHER:
             (bundle,) = Selection(bundles=(Path(name),)).open()
             return BundleDrawer(bundle), ""
@@ -160,6 +160,8 @@ def reference_name(asked: Asked, why: str) -> dict[str, Any]:
     name = Path(asked.reference).name
     if why:
         return {"name": None, "why": why}
+    if name == "none":
+        return {"name": None}
     return {"name": f"teacher at {asked.teacher_steps} steps" if name == TEACHER else name}
 
 
