@@ -72,14 +72,15 @@ class OnnxGraphs:
 class Artifacts:
     """Graphs of one kind and precision, as they are held against torch.
 
-    components: the folder of each one's graph. keys: the cache keys of all. files: what a bundle gets that draws with
-    them. ports: by component, for packages whose layout is not ours.
+    components: the folder of each one's graph; whole: the package that is all of them. keys: the cache keys of all.
+    files: what a bundle gets that draws with them. ports: by component, for packages whose layout is not ours.
     """
 
     target: Target
     precision: str
     published: bool
     components: Mapping[Component, Path] = field(default_factory=dict)
+    whole: Path | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     ports: Mapping[str, Ports] = field(default_factory=dict)

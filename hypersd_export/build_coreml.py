@@ -10,7 +10,16 @@ from typing import Any
 from hypersd_export.build import Artifacts, Built, Workshop, build_notes
 from hypersd_export.bundle.apple_note import resources_note
 from hypersd_export.bundle.cache import Stage
-from hypersd_export.coreml_worker import Conversion, Cutting, Palettizing, Playing, Task, run_apart
+from hypersd_export.coreml_worker import (
+    PIPELINE_FILE,
+    Conversion,
+    Cutting,
+    Joining,
+    Palettizing,
+    Playing,
+    Task,
+    run_apart,
+)
 from hypersd_export.diffusion.apple import plays_exactly
 from hypersd_export.graphs.spec import Component
 from hypersd_export.job import GOLDEN_SEED, Job, code_digests
@@ -19,11 +28,11 @@ from hypersd_export.spec import CoreMLFlags
 from hypersd_export.targets import Target
 from hypersd_export.targets.coreml import vendor
 
-APPLE_NAMES = {
-    Component.TEXT_ENCODER: "TextEncoder",
-    Component.UNET: "Unet",
-    Component.VAE_DECODER: "VAEDecoder",
-    Component.VAE_ENCODER: "VAEEncoder",
+APPLE_NAMES: Mapping[str, str] = {
+    Component.TEXT_ENCODER.value: "TextEncoder",
+    Component.UNET.value: "Unet",
+    Component.VAE_DECODER.value: "VAEDecoder",
+    Component.VAE_ENCODER.value: "VAEEncoder",
 }
 """What Apple's runtime calls the compiled models."""
 APPLE_PORTS: Mapping[str, Ports] = {
@@ -36,23 +45,29 @@ APPLE_PORTS: Mapping[str, Ports] = {
     Component.VAE_ENCODER.value: {"sample": Port(name="x"), "latent_parameters": Port(name="latent")},
 }
 """Where our inputs and outputs lie in packages of Apple's layout (`graphs.apple`)."""
+PIPELINE_PORTS: Mapping[str, Ports] = {"pipeline": {"image": Port(name="image", axes=(0, 3, 1, 2))}}
+"""An image of Core ML's is channels first to the program that makes it."""
 PIECES = ("unet_chunk1.mlpackage", "unet_chunk2.mlpackage")
 """The UNet's packages where it is cut."""
 RESOURCES = "Resources"
-PALETTIZED = (Component.TEXT_ENCODER, Component.UNET)
-"""What gets palettes; the VAE is small, and the first to show them."""
+PIPELINE = "pipeline"
+PALETTIZED = (Component.TEXT_ENCODER.value, Component.UNET.value, PIPELINE)
+"""What gets palettes; not the VAE, which is small, and the first to show them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packages:
-    """The stages of one export's packages: `COMPONENT.mlpackage` or its pieces, config.json and build.json in each."""
+    """The stages of one export's packages by component, or the one of `PIPELINE`: `NAME.mlpackage` or its pieces,
+    config.json (of the pipeline each part's, in a folder of its name) and build.json in each."""
 
     flags: CoreMLFlags
-    stages: Mapping[Component, Stage]
+    stages: Mapping[str, Stage]
 
     @property
-    def names(self) -> dict[Component, dict[str, str]]:
+    def names(self) -> dict[str, dict[str, str]]:
         """Each component's packages, in their order: the name in its stage → the one in the bundle."""
+        if PIPELINE in self.stages:
+            return {PIPELINE: {PIPELINE_FILE: PIPELINE_FILE}}
         found = {}
         for component, stage in self.stages.items():
             name, piece = (APPLE_NAMES[component], "Chunk") if self.flags.layout == "apple" else (component, "_chunk")
@@ -66,12 +81,18 @@ class Packages:
     @property
     def ports(self) -> Mapping[str, Ports]:
         """Where our inputs and outputs lie, by component; {} where they have our names."""
+        if PIPELINE in self.stages:
+            return PIPELINE_PORTS
         return APPLE_PORTS if self.flags.layout == "apple" else {}
 
     def files(self) -> dict[str, Path]:
         """What a bundle gets, by its name there."""
         found = {name: self.stages[c].path / file for c, names in self.names.items() for file, name in names.items()}
-        return found | {f"{c}/config.json": stage.path / "config.json" for c, stage in self.stages.items()}
+        for component, stage in self.stages.items():
+            for path in stage.path.rglob("config.json"):
+                where = path.relative_to(stage.path).as_posix()
+                found[where if component == PIPELINE else f"{component}/{where}"] = path
+        return found
 
 
 def coreml_target(workshop: Workshop) -> Built:
@@ -82,7 +103,10 @@ def coreml_target(workshop: Workshop) -> Built:
         f"Core ML: coremltools {vendor.version()} for {flags.deployment_target}, {flags.layout} layout, "
         f"{flags.attention} attention"
     )
-    raw = Packages(flags=flags, stages={component: package_stage(workshop, component) for component in job.components})
+    stages = {PIPELINE: pipeline_stage(workshop)} if job.spec.single_graph else {
+        component.value: package_stage(workshop, component) for component in job.components
+    }  # fmt: skip
+    raw = Packages(flags=flags, stages=stages)
     packages = cut(workshop, palettized(workshop, raw))
     files, extra = packages.files(), {}
     if flags.layout == "apple":
@@ -110,8 +134,9 @@ def artifacts(packages: Packages, precision: str, *, published: bool) -> Artifac
         target=Target.COREML,
         precision=precision,
         published=published,
-        components={component: stage.path for component, stage in packages.stages.items()},
-        keys={component.value: stage.key for component, stage in packages.stages.items()},
+        components={Component(name): stage.path for name, stage in packages.stages.items() if name != PIPELINE},
+        whole=packages.stages[PIPELINE].path / PIPELINE_FILE if PIPELINE in packages.stages else None,
+        keys={name: stage.key for name, stage in packages.stages.items()},
         files=packages.files(),
         ports=packages.ports,
         bits=bits,
@@ -124,7 +149,7 @@ def palettized(workshop: Workshop, packages: Packages) -> Packages:
     if flags.palettize is None:
         return packages
 
-    def stage(component: Component, raw: Stage) -> Stage:
+    def stage(component: str, raw: Stage) -> Stage:
         task = Palettizing(
             source=raw.path, name=f"{component}.mlpackage", bits=int(flags.palettize or 0),
             deployment_target=flags.deployment_target,
@@ -145,20 +170,23 @@ def cut(workshop: Workshop, packages: Packages) -> Packages:
     """The packages with the UNet in two pieces, if that is asked for."""
     if not packages.flags.chunk_unet:
         return packages
-    whole = packages.stages[Component.UNET]
+    whole = packages.stages[Component.UNET.value]
     task = Cutting(source=whole.path, name=f"{Component.UNET}.mlpackage", pieces=PIECES)
     depends = {"package": whole.key, "code": code_digests(("targets/coreml", "coreml_worker.py"))}
     stage = derived(workshop, "coreml-unet-chunks", whole, task, depends)
-    return replace(packages, stages={**packages.stages, Component.UNET: stage})
+    return replace(packages, stages={**packages.stages, Component.UNET.value: stage})
 
 
 def derived(workshop: Workshop, name: str, source: Stage, task: Task, depends: Mapping[str, Any]) -> Stage:
-    """The stage of a package that is made from another one's: its config.json, and its figures added in build.json."""
+    """The stage of a package that is made from another one's: its configs, and its figures added in build.json."""
 
     def build(folder: Path) -> None:
         notes = build_notes(source)
         notes["built"] |= run_apart(task, folder, progress=workshop.clock.reporter.detail)
-        shutil.copyfile(source.path / "config.json", folder / "config.json")
+        for path in source.path.rglob("config.json"):
+            copy = folder / path.relative_to(source.path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
         (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
 
     return workshop.stage(name, depends, build)
@@ -176,13 +204,13 @@ def record(job: Job, packages: Packages) -> dict[str, Any]:
         "compute_units": flags.compute_units,
         "palettize": flags.palettize,
         "components": {
-            c.value: {"packages": list(packages.names[c].values()), **note["built"]} for c, note in notes.items()
+            c: {"packages": list(packages.names[c].values()), **note["built"]} for c, note in notes.items()
         },
         "ports": {
             component: {name: port.to_json() for name, port in ports.items()}
             for component, ports in packages.ports.items()
         },
-        "fused": [report for component, note in notes.items() if component is not Component.VAE_ENCODER
+        "fused": [report for component, note in notes.items() if component != Component.VAE_ENCODER
                   for report in note["fused"]],
     }  # fmt: skip
 
@@ -214,6 +242,37 @@ def package_stage(workshop: Workshop, component: Component) -> Stage:
         "worker": code_digests(("coreml_worker.py",)),
     }
     return workshop.stage(f"coreml-{component}", depends, build)
+
+
+def pipeline_stage(workshop: Workshop) -> Stage:
+    """The stage of the whole pipeline as one package."""
+    job = workshop.job
+    entry, wiring, flags = job.plans.default, job.wiring, job.spec.coreml
+    joining = Joining(
+        source=job.request,
+        shapes=job.shapes,
+        precision=job.spec.precision_of(Target.COREML),
+        deployment_target=flags.deployment_target,
+        attention=flags.attention,
+        table=entry.table,
+        guidance=entry.plan.guidance,
+        scaling_factor=wiring.scaling_factor,
+        shift_factor=wiring.shift_factor,
+    )
+
+    def build(folder: Path) -> None:
+        workshop.check_loras()
+        apart(workshop, joining, folder, "build.json")
+
+    depends = {
+        "parts": [job.component_depends(Target.COREML, component) for component in job.components],
+        "wiring": wiring.to_json(),
+        "deployment_target": flags.deployment_target,
+        "attention": flags.attention,
+        "coremltools": vendor.version(),
+        "worker": code_digests(("coreml_worker.py",)),
+    }
+    return workshop.stage(f"coreml-{PIPELINE}", depends, build)
 
 
 def apart(workshop: Workshop, task: Task, folder: Path, file: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from hypersd_export.diffusion import PlanFile
+from hypersd_export.diffusion import Guidance, GuidanceKind, PlanFile, StepTable
 from hypersd_export.errors import BuildError
 from hypersd_export.graphs.spec import Component, Shapes
 from hypersd_export.verify.source import SourceRequest, open_source
@@ -21,6 +21,7 @@ from hypersd_export.worker import reported_error, run_worker, serve, why_died
 
 MODULE = "hypersd_export.coreml_worker"
 REPORT, REQUEST = "report.json", "request.json"
+PIPELINE_FILE = "pipeline.mlpackage"
 Progress = Callable[[str], None]
 
 
@@ -99,6 +100,76 @@ class Conversion:
             deployment_target=self.deployment_target,
         )  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return {"built": built, "fused": fused}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joining:
+    """The whole pipeline as the package `pipeline.mlpackage`, and each part's config.json in a folder of its name."""
+
+    source: SourceRequest
+    shapes: Shapes
+    precision: str
+    deployment_target: str
+    attention: str
+    table: StepTable
+    guidance: Guidance
+    scaling_factor: float
+    shift_factor: float
+
+    @property
+    def what(self) -> str:
+        """See `Task`."""
+        return "the package of the whole pipeline"
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {**{name: getattr(self, name) for name in self.__slots__}, "source": self.source.to_json(),
+                "shapes": asdict(self.shapes), "table": self.table.to_json(),
+                "guidance": self.guidance.to_json()}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Joining":
+        """See `Task`."""
+        read = {
+            "source": SourceRequest.from_json(data["source"]),
+            "shapes": Shapes(**data["shapes"]),
+            "table": StepTable.from_json(data["table"]),
+            "guidance": Guidance.from_json(data["guidance"]),
+        }
+        return cls(**{**data, **read})
+
+    def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """See `Conversion.run`."""
+        import torch
+
+        from hypersd_export.graphs.attention import use_attention
+        from hypersd_export.graphs.components import build_graph, component_config
+        from hypersd_export.graphs.pipeline import pipeline_graph
+        from hypersd_export.targets.coreml import convert
+
+        source, fused, graphs = open_source(self.source), [], []
+        embedded = self.guidance.scale if self.guidance.kind is GuidanceKind.EMBEDDED else None
+        for part in (Component.TEXT_ENCODER, Component.UNET, Component.VAE_DECODER):
+            progress(f"loading {part}")
+            module, reports = source.load(part.source, torch.float32)
+            fused += reports
+            config = component_config(part, module, self.shapes)
+            (folder / part).mkdir()
+            (folder / part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if part is Component.UNET:
+                use_attention(module, self.attention)
+            guidance = embedded if part is Component.UNET else None
+            graphs.append(build_graph(part, module, self.shapes, embedded_guidance=guidance))
+        joined = pipeline_graph(
+            *graphs, table=self.table, guidance=self.guidance, scaling_factor=self.scaling_factor,
+            shift_factor=self.shift_factor,
+        )  # fmt: skip
+        progress("converting the pipeline")
+        built = convert.build(
+            joined, folder / PIPELINE_FILE, precision=self.precision, deployment_target=self.deployment_target,
+            picture="image",
+        )  # fmt: skip
         return {"built": built, "fused": fused}
 
 
@@ -207,7 +278,7 @@ class Playing:
         return {str(steps): db for steps, db in found.items()}
 
 
-TASKS: Mapping[str, type[Task]] = {task.__name__: task for task in (Conversion, Palettizing, Cutting, Playing)}
+TASKS: Mapping[str, type[Task]] = {task.__name__: task for task in (Conversion, Joining, Palettizing, Cutting, Playing)}
 
 
 def run_apart(task: Task, folder: Path, *, progress: Progress) -> dict[str, Any]:

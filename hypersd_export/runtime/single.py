@@ -70,6 +70,6 @@ class SingleGraph:
             feeds = {**fixed, "noise": first} | ({"step_noise": np.stack(others)} if others else {})
             outputs = self.graph.run(**feeds)
             latents.append(outputs["latents"])
-            pixels.append(outputs["image"])
+            pixels.append(outputs["image"].astype(np.uint8))  # Core ML has whole numbers in float32
         count = len(noise)
         return np.concatenate(latents)[:count], np.concatenate(pixels)[:count]

@@ -20,6 +20,7 @@ class VerifyRequest:
     bundle: a folder with the tokenizer, plan.json and what draws pictures; components: the folder of each component's
     graph, wherever it lies. out: a folder for golden/ and report.json.
     target: what kind of graph that is; Core ML's packages have `ports` by component where their layout is not ours.
+    whole: a package that is the whole pipeline, where there are none of its components.
     lossy: the weights were compressed, so that figures are taken and hardly judged.
     compare: False makes the golden files (by torch) and compares nothing.
     golden_db: least PSNR in dB of the golden picture, for every runtime of everything that is published.
@@ -41,6 +42,7 @@ class VerifyRequest:
     target: Target = Target.ONNX
     ports: Mapping[str, Ports] = field(default_factory=dict)
     lossy: bool = False
+    whole: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -60,6 +62,7 @@ class VerifyRequest:
             "golden_db": self.golden_db,
             "target": self.target.value,
             "lossy": self.lossy,
+            "whole": None if self.whole is None else str(self.whole),
             "ports": {
                 component: {name: port.to_json() for name, port in ports.items()}
                 for component, ports in self.ports.items()
@@ -76,6 +79,7 @@ class VerifyRequest:
                 "bundle": Path(data["bundle"]),
                 "components": {Component(name): Path(folder) for name, folder in data["components"].items()},
                 "out": Path(data["out"]),
+                "whole": None if data["whole"] is None else Path(data["whole"]),
                 "shapes": Shapes(**data["shapes"]),
                 "target": Target(data["target"]),
                 "ports": {

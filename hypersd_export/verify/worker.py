@@ -66,6 +66,10 @@ class Verification:
         self.gates.append(gate)
         return gate
 
+    def compares(self, component: Component) -> bool:
+        """Whether there is an artifact of this component to be held against torch."""
+        return self.request.compare and component in self.request.components
+
     def load(self, component: str) -> Any:
         """A fused torch component in float32."""
         import torch
@@ -93,10 +97,15 @@ class Verification:
         from hypersd_export.runtime.onnx import OnnxRuntime
 
         if self.request.target is Target.COREML:
-            from hypersd_export.verify.coreml import InterpretedRuntime
+            from hypersd_export.verify.coreml import SINGLE, InterpretedRuntime
 
-            packages = {c.value: packages_in(folder, c) for c, folder in self.request.components.items()}
-            return InterpretedRuntime(packages=packages, ports=self.request.ports)
+            request = self.request
+            packages: dict[str, Path | tuple[Path, ...]] = (
+                {c.value: packages_in(folder, c) for c, folder in request.components.items()}
+                if request.whole is None
+                else {SINGLE: request.whole}
+            )
+            return InterpretedRuntime(packages=packages, ports=request.ports)
         return OnnxRuntime(path=self.request.bundle, provider=self.request.provider)
 
     @property
@@ -184,7 +193,7 @@ def _text_encoder(run: Verification) -> None:
     references = {name: text_states(module, ids) for name, ids in batches.items()}
     run.states = {name: references[name][0][:1] for name in run.ids}
     del module
-    if not request.compare:
+    if not run.compares(Component.TEXT_ENCODER):
         return
     gate, graph = run.gate(Component.TEXT_ENCODER, COMPONENT_DB[request.precision]), run.graph(Component.TEXT_ENCODER)
     for name, ids in batches.items():
@@ -211,7 +220,7 @@ def _unet(run: Verification) -> None:
             seed=request.seed,
             shape=run.shape,
         )
-    if not request.compare:
+    if not run.compares(Component.UNET):
         return
     states = _unet_states(run)
     guidance = run.plans.default.plan.guidance
@@ -262,7 +271,7 @@ def _vae(run: Verification) -> None:
     unscaled = {steps: unscale(module, latents) for steps, latents in run.latents.items()}
     pictures = {steps: decode(module, latents) for steps, latents in unscaled.items()}
     run.images = {steps: to_uint8(picture)[0] for steps, picture in pictures.items()}
-    if not request.compare:
+    if not run.compares(Component.VAE_DECODER):
         return
     random = philox_normal(seed=GATE_SEED, index=1, stream=0, shape=(shapes.batch, *run.shape))
     codes = {f"{steps} steps": np.repeat(z, shapes.batch, axis=0) for steps, z in unscaled.items()} | {"noise": random}
@@ -274,7 +283,7 @@ def _vae(run: Verification) -> None:
     gate, graph = run.gate(Component.VAE_DECODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_DECODER)
     for name, z in codes.items():
         gate.compare(graph.run(latent_sample=z)["sample"], decoded[name], f"for {name}")
-    if Component.VAE_ENCODER not in request.components:
+    if not run.compares(Component.VAE_ENCODER):
         return
     gate, graph = run.gate(Component.VAE_ENCODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_ENCODER)
     for name, view in views.items():
@@ -304,6 +313,8 @@ def _image(run: Verification) -> None:
             steps=entry.steps,
             seed=request.seed,
         )
+        if run.request.whole is not None:  # which has no components to be held against torch by themselves
+            gate.compare(result.latents, run.latents[entry.steps], f"in the latents of {entry.steps} steps")
         db, largest = gate.compare(np.asarray(result.images[0]), run.images[entry.steps], f"in {entry.steps} steps")
         gate.steps.append({"steps": entry.steps, "psnr_db": round(db, 2), "max_abs": largest})
 

@@ -83,7 +83,7 @@ def test_the_angles_of_the_time_embedding_are_not_halved(tmp_path, monkeypatch):
     errors = []
     for kept in (True, False):
         if not kept:
-            monkeypatch.setattr(convert.Angles, "__call__", lambda self, op: False)
+            monkeypatch.setattr(convert.Float32, "__call__", lambda self, op: False)
         path = tmp_path / f"{kept}.mlpackage"
         convert.build(graph, path, precision="fp16", deployment_target="iOS16")
         found = evaluate(path, graph, "fp16")["embedding"]

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,19 @@ def build(
 
     graph: its module in float32, its inputs named as the arguments of its `forward`, the timestep of shape [1] or more.
     precision: "fp16" (with the angles of the time embedding in float32) or "fp32". picture: the output that is an RGB
-    image [1, 3, H, W] of values from 0 to 255, if there is one.
+    image [1, 3, H, W] of values from 0 to 255, if the graph is a whole pipeline; what joins its parts is then in
+    float32 too, as in every runtime.
 
     Raises `BuildError` for a graph that the converter refuses, `MissingBackend` without coremltools.
     """
-    angles = Angles()
+    program = exported(graph)
+    kept_ops = Float32(() if picture is None else own_ops(program))
     model = vendor.convert(
-        exported(graph), outputs=graph.output_names, deployment_target=deployment_target, precision=precision,
-        keeps_float32=angles, picture=picture,
+        program, outputs=graph.output_names, deployment_target=deployment_target, precision=precision,
+        keeps_float32=kept_ops, picture=picture,
     )  # fmt: skip
     package.save(model, path)
-    kept = {"float32_ops": angles.kept} if precision == "fp16" else {}
+    kept = {"float32_ops": kept_ops.kept} if precision == "fp16" else {}
     return {"precision": precision, **kept, **package.facts(path)}
 
 
@@ -60,20 +63,33 @@ def exported(graph: Graph) -> "ExportedProgram":
     return program
 
 
-class Angles:
-    """Says of each MIL op, asked in the program's order, whether it makes the time embedding's sines and cosines.
+def own_ops(program: "ExportedProgram") -> set[str]:
+    """The names of the ops that the graph's module calls itself, not in one of its parts."""
+    return {
+        node.name
+        for node in program.graph.nodes
+        if node.op == "call_function" and len(node.meta.get("nn_module_stack", ())) == 1
+    }
 
-    Their angles go up to 999, where half steps by 0.5: these ops stay in float32. They are those behind the input
-    `timestep` and before the first op with weights.
+
+class Float32:
+    """Says of each MIL op, asked in the program's order, whether it stays in float32.
+
+    Those do that make the time embedding's sines and cosines, as their angles go up to 999, where half steps by 0.5:
+    they are behind the input `timestep` and before the first op with weights. And those of `names`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str] = ()) -> None:
         self.kept: list[str] = []
         """The names of the ops for which it was true."""
         self._values = {TIMESTEP}
+        self._names = frozenset(names)
 
     def __call__(self, op: Any) -> bool:
         """Whether `op` stays in float32."""
+        if op.name in self._names:
+            self.kept.append(op.name)
+            return True
         if op.op_type in _WEIGHTED or self._values.isdisjoint(_names(op.inputs.values())):
             return False
         self._values.update(output.name for output in op.outputs)
