@@ -204,12 +204,19 @@ def latency_table(data: Mapping[str, Any]) -> Table:
 
 def components_table(data: Mapping[str, Any]) -> Table:
     """Warm percentiles of each component."""
+    names = list(dict.fromkeys(name for row in timed(data) for name in row["components_ms"]))
     rows = tuple(
-        (f"{row['name']}: {name}", *(number(times.get(q)) for q in ("p50", "p90", "p99")), str(times["count"]))
-        for row in timed(data)
-        for name, times in row["components_ms"].items()
+        (row["name"], *(_percentiles(row["components_ms"].get(name)) for name in names)) for row in timed(data)
     )
-    return Table(title="Latency by component", head=("", "p50 ms", "p90 ms", "p99 ms", "pictures"), rows=rows)
+    note = "Milliseconds of a picture: p50, and in brackets p90 and p99 where there are enough pictures."
+    return Table(title="Latency by component", head=("", *names), rows=rows, note=note)
+
+
+def _percentiles(times: Mapping[str, float] | None) -> str:
+    if times is None:
+        return ""
+    more = [number(times[name]) for name in ("p90", "p99") if name in times]
+    return number(times["p50"]) + (f" ({', '.join(more)})" if more else "")
 
 
 def throughput_table(data: Mapping[str, Any]) -> Table:

@@ -93,9 +93,19 @@ def _group(frame: _Frame, points: Sequence[Point], name: str, number: int) -> li
             parts.append(f'<line class="bar" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
         parts.append(_mark(x, y, number, hollow=p.hollow))
         if not p.hollow:
-            parts.append(f'<text class="steps" x="{x + 8:.1f}" y="{y - 6:.1f}">{html.escape(p.label)}</text>')
+            parts.append(_label(p.label, x, y, number))
         parts.append("</g>")
     return [*parts, "</g>"]
+
+
+def _label(text: str, x: float, y: float, number: int) -> str:
+    """In another corner of the mark for each of four groups, which often lie on each other."""
+    right, above = number % 4 < 2, number % 2 == 0
+    dx, anchor, dy = (8, "start", -7) if right else (-8, "end", -7)
+    return (
+        f'<text class="steps" x="{x + dx:.1f}" y="{y + (dy if above else 16):.1f}" text-anchor="{anchor}">'
+        f"{html.escape(text)}</text>"
+    )
 
 
 def describe(point: Point) -> str:

@@ -61,12 +61,12 @@ class Progress:
 
 def number(value: float | None, digits: int = 2) -> str:
     """A number with so many decimals and separated thousands; nothing for None."""
-    return "" if value is None else f"{value:,.{digits}f}"
+    return "" if value is None else f"{round(value, digits) + 0.0:,.{digits}f}"  # no minus before a zero
 
 
 def interval(figure: Mapping[str, float] | None, digits: int = 2, factor: float = 1.0) -> str:
     """`1.05 [1.03, 1.07]`; nothing for None."""
     if figure is None:
         return ""
-    value, low, high = (f"{factor * figure[key]:,.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (number(factor * figure[key], digits) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

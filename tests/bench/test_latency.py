@@ -209,5 +209,6 @@ def test_the_machine_is_described(tmp_path):
 def test_numbers_as_text():
     assert number(1234.567) == "1,234.57"
     assert number(None) == ""
+    assert number(-0.001) == "0.00"
     assert interval({"value": 0.105, "low": 0.1, "high": 0.11}, 1, 100) == "10.5 [10.0, 11.0]"
     assert interval(None) == ""
