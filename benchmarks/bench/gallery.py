@@ -54,13 +54,24 @@ class Share:
 
     @classmethod
     def of_launch(cls) -> "Share":
-        """As `accelerate launch` started this process: gloo on CPUs; alone if it was not launched."""
+        """As torchrun or `accelerate launch` started this process, through gloo; alone if it was not launched."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         from accelerate import PartialState
 
+        if "LOCAL_RANK" in os.environ:
+            os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(
+                int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
+            )  # onnxruntime takes the first GPU that it sees
+
         state = PartialState(cpu=True)
         return cls(rank=state.process_index, world=state.num_processes, wait=state.wait_for_everyone)
+
+
+def own_gpu(rank: int, visible: str | None) -> str:
+    """The GPU of a process, of those that are visible to all (None: every one)."""
+    devices = visible.split(",") if visible else []
+    return devices[rank % len(devices)] if devices else str(rank)
 
 
 @dataclass(kw_only=True)

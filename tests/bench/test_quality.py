@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.bench import quality
 from benchmarks.bench.eyes import Eye
-from benchmarks.bench.gallery import Gallery, Series, Share, picture_key
+from benchmarks.bench.gallery import Gallery, Series, Share, own_gpu, picture_key
 from benchmarks.bench.prompts import Prompt
 from benchmarks.bench.quality import (
     Candidate,
@@ -258,6 +258,11 @@ def test_questions_in_one_line():
         question(1)
     with pytest.raises(OptionError, match="1 pictures of a prompt"):
         question(each=1)
+
+
+def test_each_process_has_a_gpu_of_its_own():
+    assert [own_gpu(rank, None) for rank in range(2)] == ["0", "1"]
+    assert [own_gpu(rank, "4,6") for rank in range(3)] == ["4", "6", "4"]
 
 
 def test_alone_unless_launched(monkeypatch):
