@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from benchmarks.bench.machine import versions
 from benchmarks.gpu_report import markdown
 from hypersd_export.bundle.disk import write_atomic
 from hypersd_export.bundle.engines import CLASSIC, RTX, engine_records
@@ -216,21 +216,15 @@ def report(device: DeviceInfo, options: dict[str, Any], steps: Sequence[Step]) -
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": {**asdict(device), "capability": capability_name(device)},
-        "machine": {"system": platform.platform(), "python": platform.python_version(), "packages": _versions()},
+        "machine": {
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "packages": versions(*PACKAGES),
+        },
         "options": options,
         "passed": bool(steps) and all(step.passed is not False for step in steps),
         "steps": [asdict(step) for step in steps],
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.bench.tables import interval as interval_text
 from benchmarks.judge import Judge, candidates
 from benchmarks.metrics import (
     clip_scores,
@@ -182,21 +183,19 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [f"## {title[0].upper()}{title[1:]}", TABLE]
         for row, figures in result[name].items():
             label = row if row == "real" else f"{row} step{'s' if row != '1' else ''}"
-            cells = [
-                _cell(figures["retrieval_top1"], 100, 1), f"{100 * figures['retrieval_top1']['value'] / real:.1f}",
-                _cell(figures["concept_top1"], 100, 1), _cell(figures["clip_score"], 1, 1), _cell(figures["fd"], 1, 2),
-                _cell(figures["kid"], 1000, 1), f"{figures['precision']:.3f}", f"{figures['recall']:.3f}",
-            ]  # fmt: skip
+            retrieval, concept, score, fd, kid = (
+                interval_text(figures[name], digits, factor)
+                for name, digits, factor in (("retrieval_top1", 1, 100), ("concept_top1", 1, 100), ("clip_score", 1, 1),
+                                             ("fd", 2, 1), ("kid", 1, 1000))
+            )  # fmt: skip
+            share = f"{100 * figures['retrieval_top1']['value'] / real:.1f}"
+            covered = (f"{figures[name]:.3f}" for name in ("precision", "recall"))
+            cells = [retrieval, share, concept, score, fd, kid, *covered]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     lines.append(VARIETY.lstrip())
-    lines += [f"| {row} | {_cell(figure, 100, 1)} |" for row, figure in result["diversity"].items()]
+    lines += [f"| {row} | {interval_text(figure, 1, 100)} |" for row, figure in result["diversity"].items()]
     return "\n".join(lines) + "\n"
-
-
-def _cell(figure: dict[str, Any], factor: float, digits: int) -> str:
-    value, low, high = (f"{factor * figure[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
 
 
 def grid_prompts() -> list[str]:

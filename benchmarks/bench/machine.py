@@ -4,6 +4,7 @@ import os
 import platform
 import re
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ def describe(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(), "versions": tool_versions(), "clocks": clocks(), "load": load(),
     }  # fmt: skip
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

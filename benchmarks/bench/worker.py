@@ -7,10 +7,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench.machine import versions
 from benchmarks.bench.protocol import Clocked, Painter, Seconds, serve
 from benchmarks.bench.weights import Places, source_of, torch_parts
 from hypersd_export.diffusion import FewStepPlan
@@ -125,17 +125,6 @@ PAINTERS: Mapping[str, Callable[[Mapping[str, Any]], Painter]] = {
     "compile": TorchPainter,
     "speed": Speed,
 }
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
