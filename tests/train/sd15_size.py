@@ -114,6 +114,8 @@ def main(out: Path, method: str = "tscd", *changes: str) -> None:
     if method != "tscd":
         out.mkdir(parents=True, exist_ok=True)
         changes = (f"init_lora={few_step_lora(out / 'few-step.safetensors')}", *changes)
+    if method == "feedback":  # a place that is there; what is opened are `random_rewards`
+        changes = (f"feedback.rewards.0.model={out}", *changes)
     feedback_run.open_rewards = random_rewards
     config = override(recipe_by("sd15", method), [*SMALLER, *METHODS[method], *changes])
     begin = time.monotonic()
