@@ -10,6 +10,8 @@ from typing import Any
 from hypersd_export.build import Artifacts, Built, Workshop, build_notes
 from hypersd_export.bundle.apple_note import resources_note
 from hypersd_export.bundle.cache import Stage
+from hypersd_export.bundle.digest import digest_tree
+from hypersd_export.bundle.packages import PIPELINE
 from hypersd_export.coreml_worker import (
     PIPELINE_FILE,
     Conversion,
@@ -50,7 +52,6 @@ PIPELINE_PORTS: Mapping[str, Ports] = {"pipeline": {"image": Port(name="image", 
 PIECES = ("unet_chunk1.mlpackage", "unet_chunk2.mlpackage")
 """The UNet's packages where it is cut."""
 RESOURCES = "Resources"
-PIPELINE = "pipeline"
 PALETTIZED = (Component.TEXT_ENCODER.value, Component.UNET.value, PIPELINE)
 """What gets palettes; not the VAE, which is small, and the first to show them."""
 
@@ -195,6 +196,12 @@ def derived(workshop: Workshop, name: str, source: Stage, task: Task, depends: M
 def record(job: Job, packages: Packages) -> dict[str, Any]:
     """What the manifest says: options, each package's figures, and the proof of every fusion."""
     flags, notes = packages.flags, {component: build_notes(stage) for component, stage in packages.stages.items()}
+
+    def entry(name: str) -> dict[str, Any]:
+        files = packages.names[name]
+        digests = [digest_tree(packages.stages[name].path / file) for file in files]
+        return {"packages": list(files.values()), "digests": digests, **notes[name]["built"]}
+
     return {
         "precision": job.spec.precision_of(Target.COREML),
         "coremltools": vendor.version(),
@@ -203,9 +210,7 @@ def record(job: Job, packages: Packages) -> dict[str, Any]:
         "attention": flags.attention,
         "compute_units": flags.compute_units,
         "palettize": flags.palettize,
-        "components": {
-            c: {"packages": list(packages.names[c].values()), **note["built"]} for c, note in notes.items()
-        },
+        "components": {c: entry(c) for c in packages.stages},
         "ports": {
             component: {name: port.to_json() for name, port in ports.items()}
             for component, ports in packages.ports.items()

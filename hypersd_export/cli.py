@@ -270,16 +270,18 @@ def _parity_line(parity: Any) -> str:
 @app.command()
 def verify(
     bundle: Bundle,
-    runtime: Annotated[str | None, typer.Option(help="onnx or tensorrt; the bundle's first target by default.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="onnx, tensorrt or coreml; the bundle's first target by default.")
+    ] = None,
     provider: Annotated[str | None, typer.Option(help="onnxruntime's: cpu (the default), cuda, …")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every file's sha256 and reproduce the golden picture, without torch."""
     with one_line_errors():
-        from hypersd_export.runtime.pipeline import Pipeline
+        from hypersd_export.proof import open_checked
         from hypersd_export.verify.metrics import reported
 
-        pipeline = Pipeline.from_bundle(bundle, runtime=runtime, provider=provider, check=True)
+        pipeline = open_checked(bundle, runtime=runtime, provider=provider)
         golden = pipeline.golden()
         if as_json:
             data = {"digest": pipeline.digest, "passed": golden.passed, "psnr_db": reported(golden.psnr_db)}

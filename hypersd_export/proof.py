@@ -1,8 +1,9 @@
-"""Which graphs of an export are held against torch, and the figures of each; the golden files come with the first."""
+"""Which graphs of an export are held against torch, and the figures of each; and a bundle opened to be checked."""
 
 import dataclasses
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 
 from hypersd_export.assemble import assemble
 from hypersd_export.build import Artifacts, Built
-from hypersd_export.bundle.manifest import NOT_VERIFIED
+from hypersd_export.bundle.manifest import NOT_VERIFIED, bundle_digest, read_manifest, verify_files
 from hypersd_export.clock import Clock
+from hypersd_export.errors import OptionError
 from hypersd_export.job import GOLDEN_SEED, Job
+from hypersd_export.runtime.folder import Folder
+from hypersd_export.runtime.pipeline import Pipeline
+from hypersd_export.runtime.runtimes import resolve_runtime
 from hypersd_export.targets import Target
 from hypersd_export.verify.gates import IMAGE_DB
 from hypersd_export.verify.process import run_verification
@@ -106,3 +111,20 @@ def verify_one(
         record.cached = stage.cached
         parity: dict[str, Any] = json.loads((stage.path / "parity.json").read_text(encoding="utf-8"))
     return parity, stage.path / "golden"
+
+
+def open_checked(bundle: Path, *, runtime: str | None, provider: str | None) -> Pipeline:
+    """A bundle with all its files checked, as `Pipeline.from_bundle` opens it; its Core ML packages by the MIL
+    interpreter where there is no Mac."""
+    manifest = read_manifest(bundle)
+    if sys.platform == "darwin" or resolve_runtime(runtime, manifest) != "coreml":
+        return Pipeline.from_bundle(bundle, runtime=runtime, provider=provider, check=True)
+    if provider is not None:
+        raise OptionError(f"--provider {provider}: without a Mac the interpreter runs Core ML packages; leave it away")
+    from hypersd_export.verify.coreml import interpreted
+
+    verify_files(bundle, manifest)
+    return Pipeline(
+        path=bundle, plans=Folder(bundle).plans(), digest=bundle_digest(bundle),
+        runtime=interpreted(bundle, manifest.targets["coreml"]),
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 
@@ -25,6 +25,12 @@ def canonical_json(value: Any) -> str:
 def digest_json(value: Any) -> str:
     """Hex SHA-256 of `canonical_json(value)`."""
     return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def is_outside(name: str) -> bool:
+    """Whether a file's name in a bundle leads out of it (or may, on another system)."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or "\\" in name
 
 
 def digest_tree(folder: Path, pattern: str = "*") -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hypersd_export.bundle.digest import digest_json, sha256_file
+from hypersd_export.bundle.digest import digest_json, is_outside, sha256_file
 from hypersd_export.errors import BundleError
 
 SUFFIX = ".engine"
@@ -106,10 +106,10 @@ class EngineRecord:
                     "fp32_nodes": tuple(map(str, data.get("fp32_nodes", ()))),
                 }
             )
-            path = PurePosixPath(record.file)
+            outside = is_outside(record.file)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise BundleError(f"{where} is no engine's record ({str(error)[:80]}): export the bundle again") from error
-        if path.is_absolute() or ".." in path.parts or "\\" in record.file:
+        if outside:
             raise BundleError(f"{where} names {record.file[:80]!r}, outside the bundle: do not trust this bundle")
         return record
 

@@ -10,10 +10,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from hypersd_export.bundle.digest import sha256_file
+from hypersd_export.bundle.digest import is_outside, sha256_file
 from hypersd_export.errors import BundleError
 
 FORMAT = "hypersd-bundle/1"
@@ -77,8 +77,7 @@ class Manifest:
 
 
 def _file_entry(name: str, entry: Any, where: Path) -> FileEntry:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
+    if is_outside(name):
         raise BundleError(f"{where} lists {name[:80]!r}, which is outside the bundle: do not trust this bundle")
     if (
         not isinstance(entry, dict)

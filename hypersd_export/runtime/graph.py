@@ -84,3 +84,9 @@ def as_input(value: npt.ArrayLike, tensor: Tensor) -> Array:
 def filled(tensor: Tensor, value: float) -> Array:
     """An input that has the same value everywhere, of the tensor's shape and type; a free axis gets one element."""
     return np.full([1 if size is None else size for size in tensor.shape], value, dtype=tensor.dtype)
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hypersd_export.errors import BundleError, MissingBackend, OptionError
-from hypersd_export.runtime.graph import Array, Run, Tensor, as_input
+from hypersd_export.runtime.graph import Array, Run, Tensor, as_input, first_line
 
 PIPELINE_FILE = "pipeline.onnx"
 """The whole pipeline as one graph."""
@@ -57,7 +57,7 @@ class OnnxGraph:
         try:
             outputs = self.session.run(None, arrays)
         except Exception as error:  # onnxruntime's own types, which share no base class
-            raise BundleError(f"{self.path} failed: {_first_line(error)}") from error
+            raise BundleError(f"{self.path} failed: {first_line(error)}") from error
         return dict(zip(self.outputs, outputs, strict=True))
 
     def fixed(self, **feeds: npt.ArrayLike) -> Run:
@@ -95,11 +95,6 @@ class OnnxRuntime:
         if path not in self._graphs:
             self._graphs[path] = open_graph(path, provider=self.provider, threads=self.threads)
         return self._graphs[path]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def import_onnxruntime() -> Any:
@@ -164,7 +159,7 @@ def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None,
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[wanted], enable_fallback=0)
     except Exception as error:  # onnxruntime's own types, which share no base class
-        raise BundleError(f"cannot load {path} on {provider}: {_first_line(error)}") from error
+        raise BundleError(f"cannot load {path} on {provider}: {first_line(error)}") from error
     if wanted not in session.get_providers():
         raise OptionError(f"provider {provider!r} does not start on this machine: check its driver, or use another")
     return OnnxGraph(

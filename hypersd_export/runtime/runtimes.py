@@ -7,14 +7,13 @@ from hypersd_export.errors import OptionError
 from hypersd_export.runtime.graph import Runtime
 
 RUNTIMES = ("onnx", "tensorrt", "coreml")
-AVAILABLE = ("onnx", "tensorrt")
 
 
 def resolve_runtime(name: str | None, manifest: Manifest) -> str:
     """The runtime by its target's name; the manifest's first target if `name` is None.
 
     Raises:
-        OptionError: there is no such runtime, this version lacks it, or the bundle was not exported to its target.
+        OptionError: there is no such runtime, or the bundle was not exported to its target.
     """
     targets = list(manifest.targets)
     wanted = name if name is not None else next(iter(targets), "onnx")
@@ -24,17 +23,13 @@ def resolve_runtime(name: str | None, manifest: Manifest) -> str:
         raise OptionError(
             f"runtime {wanted!r}: this bundle was exported to {', '.join(targets)}; export it with --target {wanted}"
         )
-    if wanted not in AVAILABLE:
-        others = [target for target in targets if target in AVAILABLE]
-        way_out = f"use --runtime {others[0]}" if others else "export with --target onnx"
-        raise OptionError(f"runtime {wanted!r} is not built yet: {way_out}")
     return wanted
 
 
 def open_runtime(
     name: str | None, bundle: Path, manifest: Manifest, *, provider: str | None, threads: int | None
 ) -> Runtime:
-    """Open what runs this bundle; `provider` and `threads` are onnxruntime's alone.
+    """Open what runs this bundle; `threads` is onnxruntime's alone, and `provider` its own or Core ML's compute units.
 
     Raises:
         OptionError, MissingBackend: see `resolve_runtime`, and what the runtime itself raises.
@@ -44,9 +39,14 @@ def open_runtime(
         from hypersd_export.runtime.onnx import OnnxRuntime
 
         return OnnxRuntime(path=bundle, provider=provider or "cpu", threads=threads)
-    for option, value in (("--provider", provider), ("--threads", threads)):
+    others = (("--provider", provider if wanted == "tensorrt" else None), ("--threads", threads))
+    for option, value in others:
         if value is not None:
             raise OptionError(f"{option} {value}: it is onnxruntime's, and runtime {wanted!r} has no such choice")
+    if wanted == "coreml":
+        from hypersd_export.runtime.coreml import open_packages
+
+        return open_packages(bundle, manifest.targets["coreml"], units=provider)
     from hypersd_export.runtime.tensorrt import TensorRTRuntime
 
     return TensorRTRuntime.open(bundle, manifest.targets["tensorrt"])

@@ -6,20 +6,19 @@ without Core ML. What it rounds is what a package declares (`verify/mil`): an fp
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy.typing as npt
 
+from hypersd_export.bundle.packages import package_records
 from hypersd_export.errors import BundleError, OptionError
-from hypersd_export.runtime.chain import chained
+from hypersd_export.runtime.coreml import PackageRuntime, ports_of
 from hypersd_export.runtime.graph import Array, Graph, Run, Tensor, as_input
-from hypersd_export.runtime.ports import PortedGraph, Ports
+from hypersd_export.runtime.ports import Ports
 from hypersd_export.verify.mil import Package, open_package
 from hypersd_export.verify.mil.file import NUMPY
-
-SINGLE = "pipeline"
-"""The name of the package that is a whole pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,37 +60,32 @@ class InterpretedGraph:
         return functools.partial(self.run, **feeds)
 
 
-@dataclass(kw_only=True)
-class InterpretedRuntime:
+class InterpretedRuntime(PackageRuntime):
     """The packages of one bundle, evaluated by the MIL interpreter.
 
-    packages: by component, or the one of `SINGLE`; several where one was cut into pieces, in their order. ports: by
+    packages: by component, or the one of `PIPELINE`; several where one was cut into pieces, in their order. ports: by
     component, where the packages have another layout.
     """
 
-    packages: Mapping[str, Path | tuple[Path, ...]]
-    ports: Mapping[str, Ports] = field(default_factory=dict)
-    name: str = field(default="coreml", init=False)
-    provider: str = field(default="MIL interpreter", init=False)
-    _graphs: dict[str, Graph] = field(default_factory=dict)
+    def __init__(
+        self, *, packages: Mapping[str, Path | tuple[Path, ...]], ports: Mapping[str, Ports] | None = None
+    ) -> None:
+        super().__init__(
+            packages={name: given if isinstance(given, tuple) else (given,) for name, given in packages.items()},
+            load=_interpreted,
+            provider="MIL interpreter",
+            ports=ports or {},
+        )
 
-    @property
-    def is_single_graph(self) -> bool:
-        """Whether there is one package for the whole pipeline."""
-        return SINGLE in self.packages
 
-    def graph(self, component: str) -> Graph:
-        """A component's package as a graph, read at the first call; `BundleError` if there is none or it is damaged."""
-        if component not in self.packages:
-            raise BundleError(f"no package of {component}, only of {', '.join(self.packages)}: export the bundle again")
-        if component not in self._graphs:
-            given = self.packages[component]
-            paths = given if isinstance(given, tuple) else (given,)
-            graph = chained(tuple(InterpretedGraph(package=open_package(path)) for path in paths))
-            ports = self.ports.get(component)
-            self._graphs[component] = PortedGraph(graph=graph, ports=ports) if ports else graph
-        return self._graphs[component]
+def _interpreted(package: Path) -> Graph:
+    return InterpretedGraph(package=open_package(package))
 
-    def single(self) -> Graph:
-        """The whole pipeline's package as a graph; `BundleError` as `graph`."""
-        return self.graph(SINGLE)
+
+def interpreted(path: Path, target: Mapping[str, Any]) -> InterpretedRuntime:
+    """The packages of a bundle, `target` being its manifest's `targets["coreml"]`. Raises `BundleError`."""
+    records = package_records(target, path / "manifest.json")
+    return InterpretedRuntime(
+        packages={name: tuple(path / file for file in record.packages) for name, record in records.items()},
+        ports={name: ports_of(record) for name, record in records.items()},
+    )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hypersd_export.bundle.packages import PIPELINE
 from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, philox_normal, start_sample
 from hypersd_export.graphs.spec import Component
 from hypersd_export.runtime.graph import Graph, Runtime, filled
@@ -97,13 +98,13 @@ class Verification:
         from hypersd_export.runtime.onnx import OnnxRuntime
 
         if self.request.target is Target.COREML:
-            from hypersd_export.verify.coreml import SINGLE, InterpretedRuntime
+            from hypersd_export.verify.coreml import InterpretedRuntime
 
             request = self.request
             packages: dict[str, Path | tuple[Path, ...]] = (
                 {c.value: packages_in(folder, c) for c, folder in request.components.items()}
                 if request.whole is None
-                else {SINGLE: request.whole}
+                else {PIPELINE: request.whole}
             )
             return InterpretedRuntime(packages=packages, ports=request.ports)
         return OnnxRuntime(path=self.request.bundle, provider=self.request.provider)

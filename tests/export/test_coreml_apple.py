@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from hypersd_export import build_coreml
+from hypersd_export.bundle.digest import digest_tree
 from hypersd_export.bundle.manifest import verify_files
 from hypersd_export.diffusion import FewStepPlan, PlanEntry, PlanFile, Solver
 from hypersd_export.diffusion.apple import as_apple, play
@@ -14,10 +16,13 @@ from hypersd_export.errors import OptionError
 from hypersd_export.export import export
 from hypersd_export.graphs.spec import Component, Shapes
 from hypersd_export.job import open_job
+from hypersd_export.runtime.coreml import open_packages
 from hypersd_export.runtime.images import to_uint8
+from hypersd_export.runtime.pipeline import Pipeline
 from hypersd_export.spec import CoreMLFlags, PlanFlags
 from hypersd_export.targets import Target
 from hypersd_export.verify import apple
+from hypersd_export.verify.coreml import InterpretedGraph
 from hypersd_export.verify.metrics import psnr
 from hypersd_export.verify.mil import open_package
 from hypersd_export.verify.source import SourceRequest, open_source
@@ -106,6 +111,27 @@ def test_what_swift_does_with_them_is_the_golden_picture(done, packages):
 
     with Image.open(golden / "expected.png") as image:
         assert psnr(to_uint8(picture)[0], np.asarray(image)) > 45
+
+
+class Interpreter:
+    """The interpreter in the place of a Mac."""
+
+    name = "interpreter"
+
+    def load(self, package, digest, units):
+        assert digest == digest_tree(package)
+        graph = InterpretedGraph(package=open_package(package))
+        return SimpleNamespace(inputs=graph.inputs, outputs=graph.outputs, predict=lambda feeds: graph.run(**feeds))
+
+
+def test_the_runtime_of_a_mac_makes_them_ours_again(done):
+    """By the manifest alone: which packages, their digests, and where our inputs and outputs lie in them."""
+    runtime = open_packages(done.path, done.manifest.targets["coreml"], device=Interpreter())
+    plans = PlanFile.from_json(json.loads((done.path / "plan.json").read_text()))
+    pipeline = Pipeline(path=done.path, plans=plans, digest="", runtime=runtime)
+    assert pipeline.golden().passed
+    assert pipeline.provider == "interpreter, Core ML on all"
+    assert list(runtime.graph("vae_encoder").inputs) == ["sample"]
 
 
 def test_the_resources_folder(done):

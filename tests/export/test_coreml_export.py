@@ -14,6 +14,7 @@ from hypersd_export.diffusion import PlanFile
 from hypersd_export.errors import BuildError, MissingBackend, OptionError
 from hypersd_export.export import export
 from hypersd_export.graphs.spec import Component, Shapes
+from hypersd_export.proof import open_checked
 from hypersd_export.refit import refit_spec
 from hypersd_export.runtime.pipeline import Pipeline
 from hypersd_export.spec import CoreMLFlags, ExportSpec
@@ -78,6 +79,17 @@ def test_the_bundles_own_pipeline_draws_with_them(done, exported):
     pair = interpreted(done), Pipeline.from_bundle(exported.path)
     pictures = [np.asarray(p("a cat", seed=3, steps=2).images[0], np.int16) for p in pair]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_the_bundle_is_checked_again_without_a_mac(done, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    pipeline = open_checked(done.path, runtime=None, provider=None)
+    assert pipeline.golden().passed
+    assert pipeline.provider == "MIL interpreter"
+    with pytest.raises(OptionError, match="--provider all: without a Mac the interpreter runs Core ML packages"):
+        open_checked(done.path, runtime="coreml", provider="all")
+    with pytest.raises(OptionError, match="runtime 'onnx': this bundle was exported to coreml"):
+        open_checked(done.path, runtime="onnx", provider=None)
 
 
 def test_a_second_export_converts_nothing_and_other_options_convert_what_they_change(

@@ -330,7 +330,7 @@ def test_what_is_refused(device: FakeDevice, copy: Path, made: tuple[Path, Recor
     mixed = json.loads((copy / "manifest.json").read_text())
     mixed["targets"]["coreml"] = {}
     (copy / "manifest.json").write_text(json.dumps(mixed))
-    with pytest.raises(OptionError, match="runtime 'coreml' is not built yet: use --runtime tensorrt"):
+    with pytest.raises(BundleError, match=r"manifest\.json lists no Core ML packages"):
         Pipeline.from_bundle(copy, runtime="coreml")
 
 
