@@ -12,23 +12,23 @@ the others go on.
 
 import argparse
 import datetime
+import functools
 import json
 import platform
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from benchmarks import acceptance
+from benchmarks.acceptance import Step, Trials, all_passed, print_step
 from benchmarks.bench.machine import versions
 from benchmarks.gpu_report import markdown
 from hypersd_export.bundle.disk import write_atomic
 from hypersd_export.bundle.engines import CLASSIC, RTX, engine_records
 from hypersd_export.bundle.manifest import read_manifest
-from hypersd_export.errors import HypersdError, OptionError
+from hypersd_export.errors import HypersdError
 from hypersd_export.job import default_loras
 from hypersd_export.runtime.device import DeviceInfo
 from hypersd_export.spec import ExportSpec, PlanFlags
@@ -60,17 +60,6 @@ class Case:
         return f"{self.form}-{self.steps}"
 
 
-@dataclass(kw_only=True, slots=True)
-class Step:
-    """One thing that was tried. `passed` None: it was left out, and `note` says why."""
-
-    name: str
-    passed: bool | None = None
-    seconds: float = 0.0
-    note: str = ""
-    figures: dict[str, Any] = field(default_factory=dict)
-
-
 class Workers(Protocol):
     """What is done in other processes; tests put their own here."""
 
@@ -81,53 +70,15 @@ class Workers(Protocol):
         """`benchmarks.gpu_measure.measure`; HypersdError if that fails."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Processes:
-    """The real workers. `timeout`: seconds that one of them may take."""
+class Processes(acceptance.Processes):
+    """The real workers."""
 
-    runs: int
-    warmup: int
-    timeout: float
+    __slots__ = ()
 
     def export(self, case: Case, bundle: Path, device: DeviceInfo) -> None:
         """See `Workers`."""
         for command in export_commands(case, bundle, device):
             self._run(["hypersd_export.cli", *command])
-
-    def measure(self, bundle: Path, runtime: str, provider: str | None) -> dict[str, Any]:
-        """See `Workers`."""
-        report = bundle.with_name(f"{bundle.name}-{runtime}.json")
-        report.unlink(missing_ok=True)
-        numbers = [str(self.runs), str(self.warmup)]
-        self._run(["benchmarks.gpu_measure", str(bundle), runtime, provider or "", *numbers, str(report)])
-        result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        report.unlink()
-        if runtime == "onnx" and result.get("kind") == "MissingBackend":
-            raise _NotInstalled(result["error"])
-        if "error" in result:
-            raise HypersdError(result["error"])
-        return result
-
-    def _run(self, command: Sequence[str]) -> None:
-        """`python -m command`; HypersdError with the last line of stderr, or the signal, if it fails."""
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", *command], capture_output=True, text=True, errors="replace", check=False,
-                timeout=self.timeout,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise HypersdError(
-                f"{command[0]} took more than {self.timeout:g} s and was ended: give --timeout"
-            ) from None
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            last = lines[-1].removeprefix("error: ")[:400] if lines else "it printed nothing"
-            ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-            raise HypersdError(f"{last} ({command[0]}, {ended})")
-
-
-class _NotInstalled(HypersdError):  # noqa: N818 (says what is wrong, as errors.py does)
-    """What is measured against is not installed: that is left out, and no failure."""
 
 
 def export_commands(case: Case, bundle: Path, device: DeviceInfo) -> list[list[str]]:
@@ -167,36 +118,16 @@ def accept(
     cases: Sequence[Case], device: DeviceInfo, workers: Workers, bundles: Path, *, tell: Callable[[Step], None]
 ) -> list[Step]:
     """Try everything; `tell` is given each step as it ends."""
-    steps: list[Step] = []
-
-    @contextmanager
-    def trying(name: str) -> Iterator[Step]:
-        step, began = Step(name=name), time.perf_counter()
-        steps.append(step)
-        try:
-            yield step
-            step.passed = True if step.passed is None else step.passed
-        except _NotInstalled as error:
-            step.passed, step.note = None, str(error)
-        except Exception as error:  # whatever it is, the other steps are wanted
-            kind = "" if isinstance(error, HypersdError) else f"{type(error).__name__}: "
-            step.passed, step.note = False, " ".join(f"{kind}{error}".split())[:400]
-        step.seconds = round(time.perf_counter() - began, 3)
-        tell(step)
-
+    trials = Trials(tell=tell)
     for case in cases:
         bundle = bundles / case.name
-        with trying(f"{case.name} export") as exported:
+        with trials.trying(f"{case.name} export") as exported:
             workers.export(case, bundle, device)
             exported.figures = bundle_figures(bundle)
         for runtime, provider in (("tensorrt", None), ("onnx", "cuda")):
-            with trying(f"{case.name} {runtime}") as measured:
-                if not exported.passed:
-                    raise HypersdError("its export failed")
-                measured.figures = workers.measure(bundle, runtime, provider)
-                if not measured.figures["golden"]["passed"]:
-                    measured.passed, measured.note = False, f"golden: {measured.figures['golden']['line']}"
-    return steps
+            name, measured = f"{case.name} {runtime}", functools.partial(workers.measure, bundle, runtime, provider)
+            trials.measure(name, exported, measured)
+    return trials.steps
 
 
 def bundle_figures(bundle: Path) -> dict[str, Any]:
@@ -222,7 +153,7 @@ def report(device: DeviceInfo, options: dict[str, Any], steps: Sequence[Step]) -
             "packages": versions(*PACKAGES),
         },
         "options": options,
-        "passed": bool(steps) and all(step.passed is not False for step in steps),
+        "passed": all_passed(steps),
         "steps": [asdict(step) for step in steps],
     }
 
@@ -243,14 +174,12 @@ def main(arguments: Sequence[str] | None = None, workers: Workers | None = None)
     """Run everything and write the reports: 0 if all passed, else 1."""
     options = _parser().parse_args(arguments)
     try:
-        if options.runs < 1 or options.warmup < 2:
-            raise OptionError(f"--runs {options.runs} --warmup {options.warmup}: at least 1 and 2")
+        workers = workers or Processes(runs=options.runs, warmup=options.warmup, timeout=options.timeout)
         device = choose_device(options.flavour)
         bundles = options.out / "bundles"
         bundles.mkdir(parents=True, exist_ok=True)
-        workers = workers or Processes(runs=options.runs, warmup=options.warmup, timeout=options.timeout)
         cases = [Case(form=form, steps=count) for form in options.forms for count in options.steps]
-        steps = accept(cases, device, workers, bundles, tell=_print)
+        steps = accept(cases, device, workers, bundles, tell=print_step)
         asked = {name: value for name, value in vars(options).items() if name != "out"}
         result = report(device, asked, steps)
         write_atomic(options.out / "gpu_acceptance.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -262,11 +191,6 @@ def main(arguments: Sequence[str] | None = None, workers: Workers | None = None)
         print(f"error: cannot write {options.out}: {error.strerror}; choose another --out", file=sys.stderr)
         return 1
     return 0 if result["passed"] else 1
-
-
-def _print(step: Step) -> None:
-    word = {True: "passed", False: "FAILED", None: "left out"}[step.passed]
-    print(f"{step.name:<24} {word:<9} {step.seconds:8.1f} s  {step.note}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":
