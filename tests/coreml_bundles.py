@@ -54,18 +54,21 @@ class FakeMac:
         return FakeModel(open_graph(package / "model.onnx"), self.spoil)
 
 
-def make_package_bundle(folder: Path, *bundle_options: Any, **options: Any) -> Path:
-    """`make_bundle` with each graph as COMPONENT/COMPONENT.mlpackage, and the manifest of a Core ML target."""
+def make_package_bundle(folder: Path, *bundle_options: Any, onnx: bool = False, **options: Any) -> Path:
+    """`make_bundle` with each graph as COMPONENT/COMPONENT.mlpackage, and the manifest of a Core ML target; and, with
+    `onnx`, of the ONNX graphs too."""
     bundle = make_bundle(folder, *bundle_options, timestep_rank=1, **options)
     for name in COMPONENTS:
         package = bundle / name / f"{name}.mlpackage"
         package.mkdir()
-        shutil.move(bundle / name / "model.onnx", package / "model.onnx")
-    return reseal(bundle)
+        shutil.copyfile(bundle / name / "model.onnx", package / "model.onnx")
+        if not onnx:
+            (bundle / name / "model.onnx").unlink()
+    return reseal(bundle, onnx=onnx)
 
 
-def reseal(bundle: Path, **changes: Any) -> Path:
-    """Write the manifest of what is in the folder now; `changes` go into its Core ML target."""
+def reseal(bundle: Path, *, onnx: bool = False) -> Path:
+    """Write the manifest of what is in the folder now."""
     old = read_manifest(bundle)
     (bundle / FILE_NAME).unlink()
     components = {
@@ -74,9 +77,10 @@ def reseal(bundle: Path, **changes: Any) -> Path:
         }
         for path in sorted(bundle.glob("*/*.mlpackage"))
     }  # fmt: skip
-    target = {"precision": "fp16", "compute_units": "all", "components": components, "ports": {}} | changes
+    target = {"precision": "fp16", "compute_units": "all", "components": components, "ports": {}}
+    targets = {"coreml": target} | ({"onnx": {"precision": "fp32", "opset": 18}} if onnx else {})
     write_manifest(
-        bundle, hypersd="0.0.0", base=old.base, loras=old.loras, targets={"coreml": target}, options=old.options,
+        bundle, hypersd="0.0.0", base=old.base, loras=old.loras, targets=targets, options=old.options,
         versions=old.versions, stages=old.stages, parity=old.parity,
     )  # fmt: skip
     return bundle
