@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hypersd_export.errors import BuildError
 from hypersd_export.targets.coreml import package, vendor
 
-BALANCE = (0.4, 0.6)
+BALANCE = (0.45, 0.55)
 """The share of the weights that the first package may have, if there is a choice."""
 FLOAT16, FLOAT32 = 10, 11
 """Element types in a program's protobuf."""
