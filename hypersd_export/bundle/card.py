@@ -72,6 +72,24 @@ _COMPILED = {
     "classic": "They were compiled for the GPU that they were built on.",
 }
 
+_PACKAGES = """\
+## The Core ML packages
+
+ML programs for {deployment_target} and later. {how}
+
+On a Mac `hypersd-generate` runs them (`--provider cpu-and-ne` and the like chooses what Core ML may use);
+`hypersd-export verify .` evaluates them anywhere, without Core ML.
+
+{table}"""
+
+_HOW = {
+    "plain": "Names and shapes are those of the ONNX layout; the timestep is float32 [1], ids are int32.",
+    "apple": "Names, shapes and types are those of Apple's Swift package ml-stable-diffusion: `Resources/README.md` "
+    "says how to compile them, and which calls play this bundle's plan.",
+    "single": "One call makes a picture: `input_ids` (int32; under guidance `negative_input_ids` too), `noise` and, "
+    "where the plan adds noise, `step_noise` (standard normal) in, an RGB image out.",
+}
+
 _OPTIMUM = """\
 ## In optimum
 
@@ -146,7 +164,7 @@ def _facts(card: Mapping[str, Any]) -> str:
         rows.append(("LoRA", "none"))
     rows.append(("Picture", f"{card['width']} x {card['height']} px, {card['batch']} at a time"))
     for name, target in card["targets"].items():
-        said = {key: target[key] for key in ("precision", "opset", "flavour", "weights") if key in target}
+        said = {key: target[key] for key in ("precision", "opset", "flavour", "weights", "attention") if key in target}
         rows.append(("Target", f"{name}: " + ", ".join(f"{key} {value}" for key, value in said.items())))
     rows += [("In float32", line) for line in map(_kept, card["targets"].values()) if line]
     rows.append(("Made with", f"hypersd {card['hypersd']}, {card['created']}"))
@@ -180,6 +198,25 @@ def _engines(target: Mapping[str, Any]) -> str:
         compiled=_COMPILED[flavour],
         table=_table(["component", "file", "MB"], rows),
     )
+
+
+def _packages(target: Mapping[str, Any]) -> str:
+    """What the packages are for, how they are called, and their sizes."""
+    rows = []
+    for name, found in target["components"].items():
+        files, palettes = ", ".join(f"`{file}`" for file in found["packages"]), found.get("palettes")
+        bits = "" if palettes is None else f"{palettes['bits']} bits"
+        rows.append([name, files, f"{found['bytes'] / 1e6:,.1f}", bits])
+    return _PACKAGES.format(
+        deployment_target=target["deployment_target"],
+        how=_HOW["single" if _is_single(target) else target["layout"]],
+        table=_table(["component", "file", "MB", "palettes"], rows),
+    )
+
+
+def _is_single(target: Mapping[str, Any]) -> bool:
+    """Whether a Core ML target is one package for the whole pipeline."""
+    return "pipeline" in target.get("components", {})
 
 
 def _plans(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -233,6 +270,8 @@ def _elsewhere(card: Mapping[str, Any]) -> str:
         sections.append(_onnx(card))
     if "tensorrt" in card["targets"]:
         sections.append(_engines(card["targets"]["tensorrt"]))
+    if "coreml" in card["targets"]:
+        sections.append(_packages(card["targets"]["coreml"]))
     return "".join(f"\n{section}\n" for section in sections)
 
 
@@ -258,7 +297,8 @@ def model_card(card: Mapping[str, Any]) -> str:
             loras: [{file, scale, digest}]
             width, height, batch: the picture in pixels, and how many the graphs make at a time
             targets: {"onnx": {"precision": …, "opset": …}}, with `fp32_nodes` by component where ops of an fp16 target
-                are in float32, and of engines `flavour`, `version`, `capabilities`, `weights` and `engines`
+                are in float32, of engines `flavour`, `version`, `capabilities`, `weights` and `engines`, and of Core ML
+                `deployment_target`, `layout`, `attention` and `components`
             entries: the entries of plan.json
             scheduler: diffusers' class name; call: the keyword arguments of the pipeline call as Python source, such
                 as "num_inference_steps=4, guidance_scale=0.0"; exact: whether diffusers can express the plan;
@@ -282,7 +322,10 @@ def model_card(card: Mapping[str, Any]) -> str:
         prompt_shell="'" + prompt.replace("'", "'\\''") + "'",
         prompt_python=json.dumps(prompt, ensure_ascii=False),
         plans=_plans(card["entries"]),
-        table_note=_table_note(card["entries"], single_graph=bool(card.get("single_graph"))),
+        table_note=_table_note(
+            card["entries"],
+            single_graph=bool(card.get("single_graph")) or _is_single(card["targets"].get("coreml", {})),
+        ),
         elsewhere=_elsewhere(card),
         parity=_parity(card["parity"]),
         licence=card["license_note"],

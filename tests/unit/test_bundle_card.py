@@ -62,6 +62,28 @@ def test_engines_instead_of_onnx_files() -> None:
     assert "hypersd[tensorrt-classic]" in text
 
 
+def test_core_ml_packages() -> None:
+    """What they are for, how they are called in each layout, their sizes."""
+    unet = {"packages": ["unet/Unet1.mlpackage", "unet/Unet2.mlpackage"], "bytes": 7_800_000, "palettes": {"bits": 6}}
+    target = {
+        "precision": "fp16", "deployment_target": "iOS17", "layout": "apple", "attention": "split-einsum",
+        "components": {"unet": unet, "vae_decoder": {"packages": ["v.mlpackage"], "bytes": 1_200_000}},
+    }  # fmt: skip
+    text = model_card(facts(targets={"coreml": target}))
+    for part in (
+        "pip install 'hypersd[coreml]'", "coreml: precision fp16, attention split-einsum |",
+        "for iOS17 and later. Names,", "| unet | `unet/Unet1.mlpackage`, `unet/Unet2.mlpackage` | 7.8 | 6 bits |",
+        "| vae_decoder | `v.mlpackage` | 1.2 |",
+        "`Resources/README.md` says how", "`--guidance` and `--negative-prompt` work", "- coreml\n",
+    ):  # fmt: skip
+        assert part in text, part
+    single = {**target, "layout": "plain", "components": {"pipeline": {"packages": ["p.mlpackage"], "bytes": 1}}}
+    text = model_card(facts(targets={"coreml": single}))
+    assert "One call makes a picture" in text
+    assert "Resources" not in text
+    assert "It is a constant of the graph; `--negative-prompt` works." in text
+
+
 def test_the_plan_table_has_the_rows_timesteps() -> None:
     text = model_card(facts())
     rows = [line for line in text.splitlines() if line.startswith(("| 4 (default)", "| 2 |"))]
