@@ -89,21 +89,23 @@ class Processes:
         return result
 
     def _run(self, command: Sequence[str]) -> None:
-        """`python -m command`; HypersdError with the last line of stderr, or the signal, if it fails."""
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", *command], capture_output=True, text=True, errors="replace", check=False,
-                timeout=self.timeout,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise HypersdError(
-                f"{command[0]} took more than {self.timeout:g} s and was ended: give --timeout"
-            ) from None
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            last = lines[-1].removeprefix("error: ")[:400] if lines else "it printed nothing"
-            ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-            raise HypersdError(f"{last} ({command[0]}, {ended})")
+        run_module(command, timeout=self.timeout)
+
+
+def run_module(command: Sequence[str], *, timeout: float | None = None) -> None:
+    """`python -m command`; HypersdError with the last line of stderr, or the signal, if it fails or takes too long."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True, errors="replace", check=False,
+            timeout=timeout,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise HypersdError(f"{command[0]} took more than {timeout:g} s and was ended: give --timeout") from None
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        last = lines[-1].removeprefix("error: ")[:400] if lines else "it printed nothing"
+        ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        raise HypersdError(f"{last} ({command[0]}, {ended})")
 
 
 def all_passed(steps: Sequence[Step]) -> bool:

@@ -7,13 +7,13 @@ coreml.json and coreml.md. Finished exports and pictures are kept in the caches,
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.acceptance import run_module
 from benchmarks.gpu_report import table
 from hypersd_export.bundle.disk import write_atomic
 from hypersd_export.bundle.manifest import read_manifest
@@ -101,13 +101,6 @@ def _figure(figure: Mapping[str, float], sign: str = "") -> str:
     return f"{figure['value']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = [line for line in done.stderr.splitlines() if line.strip()] or ["it printed nothing"]
-        raise HypersdError(f"{last[-1][:400]} ({command[0]}, exit code {done.returncode})")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export, measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,9 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bundles = {form: options.out / "bundles" / form.name for form in FORMS}
         for form, bundle in bundles.items():
-            _run(["hypersd_export.cli", *form.command(bundle, options.steps)])
+            run_module(["hypersd_export.cli", *form.command(bundle, options.steps)])
             print(form.name, flush=True)
-        _run(["benchmarks.bench.cli", "quality", *map(str, bundles.values()), "--reference", "none", "--count",
+        run_module(["benchmarks.bench.cli", "quality", *map(str, bundles.values()), "--reference", "none", "--count",
               str(options.count), "--out", str(options.out)])  # fmt: skip
         quality = json.loads((options.out / QUALITY).read_text(encoding="utf-8"))
         found = rows(bundles, quality)
