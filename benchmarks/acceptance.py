@@ -1,16 +1,19 @@
 """What the acceptance scripts of a GPU and of a Mac share: things that are tried one after the other, each in a process
 of its own; one that fails is in the report and in the exit code, and the others go on."""
 
+import argparse
+import datetime
 import json
-import subprocess
-import sys
+import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench.machine import versions
+from benchmarks.results import one_line_error, run_module, write_result
 from hypersd_export.errors import HypersdError, OptionError
 
 
@@ -92,25 +95,48 @@ class Processes:
         run_module(command, timeout=self.timeout)
 
 
-def run_module(command: Sequence[str], *, timeout: float | None = None) -> None:
-    """`python -m command`; HypersdError with the last line of stderr, or the signal, if it fails or takes too long."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", *command], capture_output=True, text=True, errors="replace", check=False,
-            timeout=timeout,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise HypersdError(f"{command[0]} took more than {timeout:g} s and was ended: give --timeout") from None
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        last = lines[-1].removeprefix("error: ")[:400] if lines else "it printed nothing"
-        ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise HypersdError(f"{last} ({command[0]}, {ended})")
+def parser(description: str | None, *, forms: Sequence[str], steps: Sequence[int]) -> argparse.ArgumentParser:
+    """The options that both scripts have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, required=True, help="folder for the reports, and the bundles under it")
+    made.add_argument("--steps", type=int, nargs="+", default=list(steps))
+    made.add_argument("--forms", nargs="+", choices=list(forms), default=list(forms))
+    made.add_argument("--runs", type=int, default=100, help="timed images; p99 wants a hundred")
+    made.add_argument("--warmup", type=int, default=10, help="images before those")
+    made.add_argument("--timeout", type=float, default=1800.0, help="seconds for one export or measurement")
+    return made
 
 
-def all_passed(steps: Sequence[Step]) -> bool:
-    """Whether there are steps and none failed."""
-    return bool(steps) and all(step.passed is not False for step in steps)
+def report(
+    form: str, device: Any, packages: Sequence[str], options: Mapping[str, Any], steps: Sequence[Step]
+) -> dict[str, Any]:
+    """The JSON report; `form` is its format's name, `device` what it is about."""
+    return {
+        "format": form,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "machine": {
+            "system": platform.platform(), "python": platform.python_version(), "packages": versions(*packages)
+        },
+        "options": dict(options),
+        "passed": bool(steps) and all(step.passed is not False for step in steps),
+        "steps": [asdict(step) for step in steps],
+    }  # fmt: skip
+
+
+def run(
+    name: str, options: argparse.Namespace, work: Callable[[Path, dict[str, Any]], dict[str, Any]],
+    page: Callable[[Mapping[str, Any]], str],
+) -> int:  # fmt: skip
+    """Write NAME.json and NAME.md of what `work` reports, which is given a folder for bundles and the options for the
+    report: 0 if all passed, else 1."""
+    with one_line_error(options.out) as ended:
+        bundles = options.out / "bundles"
+        asked = {option: value for option, value in vars(options).items() if option != "out"}
+        result = work(bundles, asked)
+        write_result(options.out, name, result, page(result))
+        ended.code = 0 if result["passed"] else 1
+    return ended.code
 
 
 def print_step(step: Step) -> None:

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acceptance import run_module
 from benchmarks.gpu_report import table
-from hypersd_export.bundle.disk import write_atomic
+from benchmarks.results import one_line_error, run_module, write_result
 from hypersd_export.bundle.manifest import read_manifest
-from hypersd_export.errors import HypersdError
 
 QUALITY = "quality.json"
 
@@ -108,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--count", type=int, default=100, help="prompts")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_error() as ended:
         bundles = {form: options.out / "bundles" / form.name for form in FORMS}
         for form, bundle in bundles.items():
             run_module(["hypersd_export.cli", *form.command(bundle, options.steps)])
@@ -118,12 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quality = json.loads((options.out / QUALITY).read_text(encoding="utf-8"))
         found = rows(bundles, quality)
         result = {"machine": quality["machine"], "steps": options.steps, "count": options.count, "rows": found}
-        write_atomic(options.out / "coreml.json", (json.dumps(result, indent=1) + "\n").encode())
-        write_atomic(options.out / "coreml.md", markdown(found, options.steps, options.count).encode())
-    except HypersdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        write_result(options.out, "coreml", result, markdown(found, options.steps, options.count))
+    return ended.code
 
 
 if __name__ == "__main__":

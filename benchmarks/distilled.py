@@ -13,7 +13,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # only wait for each other, a hundred times as long on a busy machine.
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,15 +28,15 @@ from benchmarks.contestants import Contestant, Table, read_contestants
 from benchmarks.distilled_tables import Cell, Row, markdown, measure, unequal_columns
 from benchmarks.feature_cache import Arrays, FeatureCache
 from benchmarks.judge import WEIGHTS, Judge
+from benchmarks.results import one_line_error, write_result
 from benchmarks.sampling import SAMPLER, Parts, labelled_grid
 from benchmarks.stats import ROUNDS, Estimate
 from benchmarks.teacher import RESULTS, Question, fully_named, grid_prompts
 from hypersd_export.builtin import card, model_dir
 from hypersd_export.bundle.cache import default_cache_dir
 from hypersd_export.bundle.digest import digest_json, digest_tree, sha256_file
-from hypersd_export.bundle.disk import write_atomic
 from hypersd_export.diffusion import FewStepPlan
-from hypersd_export.errors import HypersdError, ModelError, OptionError
+from hypersd_export.errors import ModelError, OptionError
 from hypersd_export.model.base import open_base
 from hypersd_export.model.lora import LoraFile
 from trainer.pretrain.concepts import CONCEPTS, caption
@@ -290,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bf16", action="store_true", help="the UNet under bfloat16 autocast, for speed")
     parser.add_argument("--grids-only", action="store_true", help="the sheets of pictures and no figures")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_error() as ended:
         contestants = read_contestants(options.contestants, options.runs)
         digest, cache = judge_digest(options.judge), FeatureCache(options.cache)
         bench = Bench(options.model, Judge(options.judge), digest, cache, options.count, bf16=options.bf16)
@@ -300,12 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sheet(bench, contestants, table).save(options.out / f"distilled-{table.replace('_', '-')}.png")
         if not options.grids_only:
             data, text = report(bench, contestants)
-            write_atomic(options.out / "distilled.json", (json.dumps(data, indent=1) + "\n").encode())
-            write_atomic(options.out / "distilled.md", text.encode())
-    except HypersdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+            write_result(options.out, "distilled", data, text)
+    return ended.code
 
 
 if __name__ == "__main__":

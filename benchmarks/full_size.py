@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hypersd_export.bundle.disk import write_atomic
+from benchmarks.results import one_line_error, run_module, write_result
 from hypersd_export.errors import HypersdError
 from hypersd_export.graphs.spec import Component, Graph, Shapes
 from hypersd_export.usage import Usage, measure
@@ -188,15 +187,15 @@ COREML = {"coreml": package, "coreml 6 bits": palettes, "coreml in two": chunks}
 
 def _in_process(step: str, name: str, folder: Path, capabilities: str) -> dict[str, Any]:
     """A step in a process of its own; its figures, or the error and the peak of the process tree till then."""
-    command = [sys.executable, "-m", "benchmarks.full_size", "--worker", step, "--only", name, "--out", str(folder),
+    command = ["benchmarks.full_size", "--worker", step, "--only", name, "--out", str(folder),
                "--compute-capability", capabilities]  # fmt: skip
-    with measure() as usage:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode == 0:
-        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        return result
-    last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-    return {"error": last[-1][:300], "exit_code": done.returncode, "peak_mb": round(usage.peak_mb)}
+    try:
+        with measure() as usage:
+            said = run_module(command)
+    except HypersdError as error:
+        return {"error": str(error), "peak_mb": round(usage.peak_mb)}
+    result: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,24 +231,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compute_capability": options.compute_capability,
         "networks": rows,
     }
-    write_atomic(options.out / "full_size.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_result(options.out, "full_size", result)
     return int(any("error" in step for row in rows.values() for step in row.values()))
 
 
 def _worker(options: argparse.Namespace) -> int:
     (name,) = options.only
-    try:
+    with one_line_error() as ended:
         if options.worker == "export":
             found = export(name, options.out)
         elif options.worker in COREML:
             found = COREML[options.worker](name, options.out)
         else:
             found = engine(name, options.out, options.compute_capability.split(","))
-    except HypersdError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps(found))
-    return 0
+        print(json.dumps(found))
+    return ended.code
 
 
 if __name__ == "__main__":

@@ -10,25 +10,19 @@ Every export and every measurement is a process of its own. One that fails is in
 the others go on.
 """
 
-import argparse
-import datetime
 import functools
-import json
-import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks import acceptance
-from benchmarks.acceptance import Step, Trials, all_passed, print_step
-from benchmarks.bench.machine import versions
+from benchmarks.acceptance import Step, Trials, print_step
 from benchmarks.gpu_report import markdown
-from hypersd_export.bundle.disk import write_atomic
+from hypersd_export.bundle import engines
 from hypersd_export.bundle.engines import CLASSIC, RTX, engine_records
 from hypersd_export.bundle.manifest import read_manifest
-from hypersd_export.errors import HypersdError
 from hypersd_export.job import default_loras
 from hypersd_export.runtime.device import DeviceInfo
 from hypersd_export.spec import ExportSpec, PlanFlags
@@ -97,7 +91,7 @@ def export_commands(case: Case, bundle: Path, device: DeviceInfo) -> list[list[s
 
 def capability_name(device: DeviceInfo) -> str:
     """Such as 8.9."""
-    return ".".join(map(str, device.capability))
+    return engines.capability_name(device.capability)
 
 
 def choose_device(flavour: str) -> DeviceInfo:
@@ -110,7 +104,7 @@ def choose_device(flavour: str) -> DeviceInfo:
     from hypersd_export.targets import tensorrt, tensorrt_vendor
 
     gpu = tensorrt_vendor.gpu_capability()
-    chosen, _ = tensorrt.choose_flavour(flavour, None if gpu is None else ".".join(map(str, gpu)))
+    chosen, _ = tensorrt.choose_flavour(flavour, None if gpu is None else engines.capability_name(gpu))
     return nvidia.open_device(chosen).info
 
 
@@ -141,56 +135,26 @@ def bundle_figures(bundle: Path) -> dict[str, Any]:
     }
 
 
-def report(device: DeviceInfo, options: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
+def report(device: DeviceInfo, options: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
     """The JSON report."""
-    return {
-        "format": FORMAT,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": {**asdict(device), "capability": capability_name(device)},
-        "machine": {
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "packages": versions(*PACKAGES),
-        },
-        "options": options,
-        "passed": all_passed(steps),
-        "steps": [asdict(step) for step in steps],
-    }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the reports, and the bundles under it")
-    parser.add_argument("--flavour", choices=("auto", RTX, CLASSIC), default="auto")
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--runs", type=int, default=100, help="timed images; p99 wants a hundred")
-    parser.add_argument("--warmup", type=int, default=10, help="images before those")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one export or measurement")
-    return parser
+    told = {**asdict(device), "capability": capability_name(device)}
+    return acceptance.report(FORMAT, told, PACKAGES, options, steps)
 
 
 def main(arguments: Sequence[str] | None = None, workers: Workers | None = None) -> int:
     """Run everything and write the reports: 0 if all passed, else 1."""
-    options = _parser().parse_args(arguments)
-    try:
-        workers = workers or Processes(runs=options.runs, warmup=options.warmup, timeout=options.timeout)
+    parser = acceptance.parser(__doc__, forms=tuple(FORMS), steps=STEPS)
+    parser.add_argument("--flavour", choices=("auto", RTX, CLASSIC), default="auto")
+    options = parser.parse_args(arguments)
+
+    def work(bundles: Path, asked: dict[str, Any]) -> dict[str, Any]:
+        made = workers or Processes(runs=options.runs, warmup=options.warmup, timeout=options.timeout)
         device = choose_device(options.flavour)
-        bundles = options.out / "bundles"
         bundles.mkdir(parents=True, exist_ok=True)
         cases = [Case(form=form, steps=count) for form in options.forms for count in options.steps]
-        steps = accept(cases, device, workers, bundles, tell=print_step)
-        asked = {name: value for name, value in vars(options).items() if name != "out"}
-        result = report(device, asked, steps)
-        write_atomic(options.out / "gpu_acceptance.json", (json.dumps(result, indent=1) + "\n").encode())
-        write_atomic(options.out / "gpu_acceptance.md", markdown(result).encode())
-    except HypersdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: cannot write {options.out}: {error.strerror}; choose another --out", file=sys.stderr)
-        return 1
-    return 0 if result["passed"] else 1
+        return report(device, asked, accept(cases, device, made, bundles, tell=print_step))
+
+    return acceptance.run("gpu_acceptance", options, work, markdown)
 
 
 if __name__ == "__main__":

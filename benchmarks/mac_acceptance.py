@@ -9,25 +9,18 @@ Every export and every measurement is a process of its own. One that fails is in
 the others go on.
 """
 
-import argparse
-import datetime
 import functools
-import json
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks import acceptance
-from benchmarks.acceptance import Step, Trials, all_passed, print_step
-from benchmarks.bench.machine import versions
+from benchmarks.acceptance import Step, Trials, print_step
 from benchmarks.gpu_report import table
-from hypersd_export.bundle.disk import write_atomic
 from hypersd_export.bundle.manifest import read_manifest
 from hypersd_export.bundle.packages import package_records
-from hypersd_export.errors import HypersdError
 from hypersd_export.runtime.coreml import UNITS
 
 FORMAT = "hypersd-mac-acceptance/1"
@@ -115,19 +108,7 @@ def bundle_figures(bundle: Path) -> dict[str, Any]:
 
 def report(device: str, options: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
     """The JSON report."""
-    return {
-        "format": FORMAT,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "machine": {
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "packages": versions(*PACKAGES),
-        },
-        "options": dict(options),
-        "passed": all_passed(steps),
-        "steps": [asdict(step) for step in steps],
-    }
+    return acceptance.report(FORMAT, device, PACKAGES, options, steps)
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -178,41 +159,22 @@ def _sizes(steps: Sequence[Mapping[str, Any]]) -> str:
     return table(["bundle", "MB of packages", "by component"], rows) if rows else "Nothing was exported.\n"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the reports, and the bundles under it")
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--units", nargs="+", choices=list(UNITS), default=list(UNITS))
-    parser.add_argument("--runs", type=int, default=100, help="timed images; p99 wants a hundred")
-    parser.add_argument("--warmup", type=int, default=10, help="images before those")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one export or measurement")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None, workers: Workers | None = None) -> int:
     """Run everything and write the reports: 0 if all passed, else 1."""
     from hypersd_export.runtime import mac
 
-    options = _parser().parse_args(arguments)
-    try:
-        workers = workers or Processes(runs=options.runs, warmup=options.warmup, timeout=options.timeout)
+    parser = acceptance.parser(__doc__, forms=tuple(FORMS), steps=STEPS)
+    parser.add_argument("--units", nargs="+", choices=list(UNITS), default=list(UNITS))
+    options = parser.parse_args(arguments)
+
+    def work(bundles: Path, asked: dict[str, Any]) -> dict[str, Any]:
+        made = workers or Processes(runs=options.runs, warmup=options.warmup, timeout=options.timeout)
         device = mac.open_device().name
-        bundles = options.out / "bundles"
         bundles.mkdir(parents=True, exist_ok=True)
         cases = [Case(form=form, steps=count) for form in options.forms for count in options.steps]
-        steps = accept(cases, options.units, workers, bundles, tell=print_step)
-        asked = {name: value for name, value in vars(options).items() if name != "out"}
-        result = report(device, asked, steps)
-        write_atomic(options.out / "mac_acceptance.json", (json.dumps(result, indent=1) + "\n").encode())
-        write_atomic(options.out / "mac_acceptance.md", markdown(result).encode())
-    except HypersdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: cannot write {options.out}: {error.strerror}; choose another --out", file=sys.stderr)
-        return 1
-    return 0 if result["passed"] else 1
+        return report(device, asked, accept(cases, options.units, made, bundles, tell=print_step))
+
+    return acceptance.run("mac_acceptance", options, work, markdown)
 
 
 if __name__ == "__main__":

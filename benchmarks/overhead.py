@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.results import one_line_error, write_result
 from benchmarks.stats import ratio
 from benchmarks.teacher import RESULTS
 from hypersd_export.bundle.cache import default_cache_dir
-from hypersd_export.bundle.disk import write_atomic
-from hypersd_export.errors import HypersdError, OptionError
+from hypersd_export.errors import OptionError
 from trainer.base import open_training_base
 from trainer.batch import Conditioning, Source
 from trainer.config import override
@@ -337,17 +337,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=default_cache_dir() / "overhead")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_error() as ended:
         if options.turns < 2:
             raise OptionError(f"--turns {options.turns}: must be at least 2")
         config = override(recipe(options.recipe), options.set)
         result = measure(config, options.stages, turns=options.turns, cache=options.cache)
         options.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.out / "overhead.json", (json.dumps(result, indent=1) + "\n").encode())
-    except HypersdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        write_result(options.out, "overhead", result)
+    return ended.code
 
 
 if __name__ == "__main__":
