@@ -20,6 +20,8 @@ from hypersd_export.targets.tensorrt_checks import read_onnx
 from hypersd_export.targets.tensorrt_vendor import installed_version
 
 RECORD_FILE = "engine.json"
+Former = Mapping[str, tuple[EngineRecord, Path]]
+"""The engines of another bundle by name, each with its file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +43,10 @@ def tensorrt_target(workshop: Workshop) -> Built:
     workshop.clock.reporter.note(said)
     precision = job.spec.precision_of(Target.TENSORRT)
     graphs = workshop.onnx(precision)
-    stages = {source.name: engine_stage(workshop, source, options, precision) for source in sources(graphs)}
+    former = former_engines(job.spec.refit_from)
+    stages = {source.name: engine_stage(workshop, source, options, precision, former) for source in sources(graphs)}
     records = {name: read_record(stage) for name, stage in stages.items()}
+    first = next(iter(records.values()))
     files = {record.file: stages[name].path / Path(record.file).name for name, record in records.items()}
     configs = {f"{name}/config.json": stage.path / "config.json" for name, stage in graphs.components.items()}
     return Built(
@@ -53,9 +57,9 @@ def tensorrt_target(workshop: Workshop) -> Built:
             "precision": precision,
             "opset": job.spec.opset,
             "flavour": options.flavour,
-            "version": next(iter(records.values())).version,
+            "version": first.version,
             "capabilities": list(options.capabilities),
-            "weights": options.weights,
+            "weights": first.weights,  # a stripped engine that was refitted holds weights
             "engines": {name: record.to_json() for name, record in records.items()},
             "onnx": onnx_record(graphs, job.spec.opset),
         },
@@ -76,9 +80,15 @@ def sources(graphs: OnnxGraphs) -> list[Source]:
     return [Source(name=PIPELINE, stage=graphs.whole, file=PIPELINE_FILE, fp32_nodes=fp32, glue_nodes=glue)]
 
 
-def engine_stage(workshop: Workshop, source: Source, options: EngineOptions, precision: str) -> Stage:
-    """The stage of one engine: the file under its own name, and its record."""
-    old = former_engine(workshop.job.spec.refit_from, source.name)
+def engine_stage(
+    workshop: Workshop, source: Source, options: EngineOptions, precision: str, former: Former | None
+) -> Stage:
+    """The stage of one engine: the file under its own name, and its record; `former` are those to refit, if any."""
+    old = None
+    if former is not None:
+        if source.name not in former:
+            raise BundleError(f"{workshop.job.spec.refit_from} has no engine of {source.name} to refit: export again")
+        old = former[source.name]
 
     def build(folder: Path) -> None:
         onnx = source.stage.path / source.file
@@ -115,14 +125,12 @@ def engine_stage(workshop: Workshop, source: Source, options: EngineOptions, pre
     return workshop.stage(f"tensorrt-{source.name}", depends, build)
 
 
-def former_engine(bundle: Path | None, name: str) -> tuple[EngineRecord, Path] | None:
-    """The engine of this name in the bundle that is refitted, with its file; None without such a bundle."""
+def former_engines(bundle: Path | None) -> Former | None:
+    """The engines of the bundle that is refitted; None without such a bundle."""
     if bundle is None:
         return None
     records = engine_records(read_manifest(bundle).targets[Target.TENSORRT.value], bundle)
-    if name not in records:
-        raise BundleError(f"{bundle} has no engine of {name} to refit: export again")
-    return records[name], bundle / records[name].file
+    return {name: (record, bundle / record.file) for name, record in records.items()}
 
 
 def read_record(stage: Stage) -> EngineRecord:

@@ -32,6 +32,11 @@ RTX_CAPABILITIES = tuple(_CAPABILITY_BITS)
 """The compute capabilities that `tensorrt_rtx` builds for."""
 
 
+def capability_name(capability: tuple[int, int]) -> str:
+    """A GPU's compute capability as it is written, such as 8.9."""
+    return ".".join(map(str, capability))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineTensor:
     """An input or output: name, shape (-1 where it is free), NumPy's name of its type; bounds of a free input."""
@@ -232,7 +237,7 @@ def _wrong_place(
             "export it again here, or install that version"
         )
     if capability is not None:
-        here = ".".join(map(str, capability))
+        here = capability_name(capability)
         if here not in record.capabilities:
             option = f" with --compute-capability {here}" if record.flavour == RTX and here in RTX_CAPABILITIES else ""
             other = " with --trt-flavour classic" if record.flavour == RTX and not option else ""

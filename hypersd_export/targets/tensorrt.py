@@ -21,6 +21,7 @@ from hypersd_export.bundle.engines import (
     RTX_CAPABILITIES,
     WEIGHTS,
     EngineRecord,
+    capability_name,
     engine_digest,
     engine_name,
     why_unusable,
@@ -131,7 +132,7 @@ def resolve(
     """
     check_options(flavour, capabilities, weights, optimization_level)
     gpu = vendor.gpu_capability()
-    here = None if gpu is None else ".".join(map(str, gpu))
+    here = None if gpu is None else capability_name(gpu)
     chosen, reason = choose_flavour(flavour, here)
     version = vendor.installed_version(chosen)
     if chosen == CLASSIC:

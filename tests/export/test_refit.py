@@ -231,3 +231,31 @@ def test_engines_that_are_not_refitted(engines, gpu, tmp_path, monkeypatch):
         refit(old, path, onnx, tmp_path)
     assert gpu == []
     assert not list(tmp_path.iterdir())
+
+
+@rtx
+def test_a_stripped_bundle_holds_weights_once_it_is_refitted(tiny_spec, lora_file, tmp_path, monkeypatch):
+    """The whole of it but the library's own part: which engines are asked for, and what the manifest says after."""
+    flags = EngineFlags(flavour="rtx", capabilities=("8.6", "8.9"))
+    trt = replace(tiny_spec, targets=(Target.TENSORRT,), engines=flags, verify=False)
+    first = export(replace(trt, out=tmp_path / "first"))
+    target = first.manifest.targets["tensorrt"]
+    said = {name: {**engine, "weights": "stripped"} for name, engine in target["engines"].items()}
+    manifest = first.manifest.to_json() | {"targets": {"tensorrt": {**target, "weights": "stripped", "engines": said}}}
+    write_manifest(first.path, **{key: value for key, value in manifest.items() if key not in ("format", "files")})
+    asked = []
+
+    def refitted(record, engine, onnx, folder, **_):
+        asked.append((record.component, record.weights, engine.parent.parent))
+        path = folder / Path(record.file).name
+        path.write_bytes(engine.read_bytes())
+        return replace(record, weights="refit")
+
+    monkeypatch.setattr(tensorrt_vendor, "gpu_capability", lambda: (8, 9))
+    monkeypatch.setattr(tensorrt, "refit", refitted)
+    spec = refit_spec(first.path, [str(lora_file)], tmp_path / "b", base=trt.base, cache_dir=tmp_path / "cache")
+    again = export(spec).manifest.targets["tensorrt"]
+    names = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert asked == [(name, "stripped", first.path.resolve()) for name in names]
+    assert again["weights"] == "refit"
+    assert {engine["weights"] for engine in again["engines"].values()} == {"refit"}
