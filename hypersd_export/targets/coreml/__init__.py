@@ -19,6 +19,8 @@ COMPUTE_UNITS = ("all", "cpu-only", "cpu-and-gpu", "cpu-and-ne")
 LAYOUTS = ("plain", "apple")
 PALETTES: Mapping[int, int] = {8: 16, 6: 16, 4: 16, 3: 18, 2: 16}
 """Bits of an index into a palette of weights, and the first generation that stores such indices."""
+QUANTIZED: Mapping[str, int] = {"int8": 16, "int4": 18}
+"""Forms of weights as integers and scales, and the first generation that stores them."""
 SINGLE_GRAPH_GENERATION = 17
 
 

@@ -91,6 +91,23 @@ def palettize(model: Any, palette: Palette, group_sizes: Mapping[str, int | None
     return optimize.palettize_weights(model, optimize.OptimizationConfig(op_name_configs=configs))
 
 
+def quantize(model: Any, form: str, block_sizes: Mapping[str, int | None]) -> Any:
+    """The model with the weights of these names as integers ("int8" or "int4") and scales, symmetric about 0.
+
+    With a block size each so many inputs of an output channel have a scale of their own (from iOS 18 on), else each
+    output channel has one.
+    """
+    _coremltools()
+    import coremltools.optimize.coreml as optimize
+
+    def config(size: int | None) -> Any:
+        grain = {"granularity": "per_channel"} if size is None else {"granularity": "per_block", "block_size": size}
+        return optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype=form, weight_threshold=0, **grain)
+
+    configs = {name: config(size) for name, size in block_sizes.items()}
+    return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(op_name_configs=configs))
+
+
 def read_model(path: Path) -> Any:
     """The protobuf of a `model.mlmodel`; its weights are in another file."""
     _coremltools()
