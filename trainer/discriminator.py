@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from hypersd_export.errors import DataError, ModelError, OptionError
 from trainer.batch import Conditioning
-from trainer.distill.config import AdversarialConfig, Backend
+from trainer.distill.config import AdversarialConfig, Backend, DistillConfig
 
 GROUP = 16
 """The least channels of a normalisation group: a 1x1 map has no more values to normalise over (PCM has 10 to 40)."""
@@ -110,6 +110,11 @@ class Discriminator(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The heads', and the encoder's if it is trained; float32."""
         return list((self if self.backend is Backend.TRAINABLE else self.heads).parameters())
+
+    def groups(self, config: DistillConfig) -> list[dict[str, Any]]:
+        """`trainable_parameters` for an optimiser, with their rate and betas."""
+        settings = config.adversarial
+        return [{"params": self.trainable_parameters(), "lr": settings.lr, "betas": settings.betas}]
 
     def learn(self, on: bool) -> None:
         """Whether `trainable_parameters` take gradients: off while the student's loss goes forward and backward, on for

@@ -20,8 +20,10 @@ from hypersd_export.errors import OptionError
 from hypersd_export.model.lora import read_lora
 from tests.train.small_run import finish, small_config, start
 from tests.train.small_unet import SHAPE, batch, conditioning, small_networks
+from trainer.batch import keyed_generator
 from trainer.cli import app
-from trainer.distill.config import ScoreConfig, StageConfig, builtin, with_method
+from trainer.discriminator import Discriminator
+from trainer.distill.config import Backend, Real, ScoreConfig, StageConfig, builtin, with_method
 from trainer.distill.networks import Role
 from trainer.distill.pairs import Pairs, pair_noise, solve
 from trainer.distill.score import FakeScore, ScoreStep, courses
@@ -288,9 +290,102 @@ def test_settings_that_cannot_be(changes, words):
         ScoreConfig(**changes)
 
 
-def test_its_stages_are_of_one_segment_and_have_no_critic():
-    with pytest.raises(OptionError, match="method score: its stages have segments 1, w_adv 0"):
+def with_critic(settings, real=Real.TEACHER_MULTISTEP, **changes):
+    critic = replace(settings.adversarial, real=real, reach=0.3, lr=2e-2, **changes)
+    return replace(settings, stages=(replace(settings.stages[0], w_adv=0.5),), adversarial=critic)
+
+
+def make_with_critic(settings, **kept):
+    networks = small_networks()
+    torch.manual_seed(3)
+    critic = Discriminator(networks.unet, settings.adversarial)
+    for head in critic.heads:
+        torch.nn.init.normal_(head.out.weight)  # they begin at 0, where the student gets no gradient
+    fake = FakeScore(networks, critic)
+    return ScoreStep(networks, settings, settings.stages[0], conditioning(1, seed=9), fake, plans=plans(1), **kept)
+
+
+PAIRS = Pairs(source=Stream(), solutions=torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(5)), seed=0)
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_the_discriminators_loss_reaches_the_student_through_the_picture_and_its_own_the_heads(backend):
+    settings = with_critic(config(w_match=0.0, w_anchor=1e-9, pairs=6, pair_share=0.0), backend=backend)
+    step = make_with_critic(settings, pairs=PAIRS)
+    critic, networks = step.discriminator, step.networks
+    out = step(batch(4), step.draw(0, SHAPE))
+    assert float(out.loss.detach()) == pytest.approx(0.5 * float(out.logs["adversarial"]))
+    out.loss.backward()
+    assert all(g is not None and g.abs().sum() > 0 for g in grads(networks, Role.STUDENT))
+    assert all(p.grad is None for p in [*critic.parameters(), *step.fake.trainable_parameters()])
+    before = [g.clone() for g in grads(networks, Role.STUDENT)]
+    loss, logs = step.critic_loss(out.look)
+    assert float(loss.detach()) == pytest.approx(float(logs["fake"] + logs["critic"]))
+    loss.backward()
+    assert all(p.grad is not None for p in [*critic.trainable_parameters(), *step.fake.trainable_parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(before, grads(networks, Role.STUDENT), strict=True))
+
+
+def test_the_discriminator_sees_the_pairs_with_their_own_captions_or_the_drawings_with_theirs():
+    """At timestep 0 nothing is added, so that what it sees is the clean thing, at the path's first level."""
+    settings = with_critic(config(pairs=6, pair_share=0.0))
+    step = make_with_critic(settings, pairs=PAIRS)
+    draws = replace(step.draw(0, SHAPE), critic_t=torch.zeros(4, dtype=torch.long))
+    look = step(batch(4), draws).look.look
+    assert torch.equal(look.real, PAIRS.solutions[draws.real_pair])
+    assert torch.equal(look.real_conditioning.states, batch(8).conditioning.states[draws.real_pair])
+    assert torch.equal(look.fake, step(batch(4), draws).look.x0)
+    data = make_with_critic(with_critic(config(), real=Real.DATA))
+    look, a = data(batch(4), draws).look.look, ALPHAS[0].float()
+    torch.testing.assert_close(look.real, a.sqrt() * batch(4).latents + (1 - a).sqrt() * draws.real_noise)
+    assert torch.equal(look.real_conditioning.states, batch(4).conditioning.states)
+
+
+def test_the_discriminators_draws_come_after_the_others_and_reach_as_far_as_they_should():
+    """So that a run without one is what it was before there was one."""
+    draws = make(config(pairs=6)).draw(7, SHAPE)
+    generator = keyed_generator("0/score/1/7")
+    assert torch.equal(draws.noise, torch.randn(3, 4, *SHAPE, generator=generator)[0])
+    many = make(replace(with_critic(config(pairs=6)), batch=4000)).draw(0, SHAPE).critic_t
+    assert 0 <= int(many.min()) < 3
+    assert 297 <= int(many.max()) < 300
+
+
+def test_each_part_of_the_critic_has_its_own_rate():
+    settings = with_critic(config(pairs=6))
+    step = make_with_critic(settings, pairs=PAIRS)
+    mine, theirs = step.fake.groups(settings)
+    assert (mine["lr"], mine["betas"], theirs["lr"], theirs["betas"]) == (1e-2, (0.9, 0.999), 2e-2, (0.0, 0.99))
+    assert len(mine["params"]) == len(step.fake.trainable_parameters())
+    assert [id(p) for p in theirs["params"]] == [id(p) for p in step.discriminator.trainable_parameters()]
+
+
+def test_a_run_with_a_discriminator_resumes_to_the_same_losses(tiny_base, tmp_path):
+    def settings():
+        base = with_critic(small(tiny_base, save_every=2))
+        return replace(base, stages=(replace(base.stages[0], w_adv=0.05),))
+
+    whole = finish(settings(), tmp_path / "whole")
+    assert all({"critic", "critic_right"} <= set(line) for line in whole)
+    assert "adversarial" in whole[0]
+    stopped = start(settings(), tmp_path / "stopped").run()
+    for _ in range(3):
+        next(stopped)
+    stopped.close()
+    assert finish(settings(), tmp_path / "stopped") == whole
+
+
+def test_its_stages_are_of_one_segment_and_a_critic_has_something_real_to_see():
+    with pytest.raises(OptionError, match="method score: its stages have segments 1 and the original teacher"):
         replace(config(), stages=(StageConfig(segments=2, points=4, steps=1, lr=1e-3),))
+    with pytest.raises(OptionError, match=r"adversarial.real target, conditional False: .* set real to data or"):
+        with_critic(config(pairs=6), real=Real.TARGET)
+    with pytest.raises(OptionError, match=r"adversarial.real data, conditional True"):
+        with_critic(config(), real=Real.DATA, conditional=True)
+    with pytest.raises(OptionError, match=r"teacher_multistep: in score distillation these are the pairs; set score.p"):
+        with_critic(config())
+    assert with_critic(config(), real=Real.DATA).needs_pictures
+    assert not with_critic(config(pairs=6)).needs_pictures
 
 
 def test_the_command_says_what_it_would_do():

@@ -235,12 +235,23 @@ class DistillConfig:
                 raise OptionError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
         self._check_stages()
 
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether it learns from pictures and not from prompts alone."""
+        critic = any(stage.w_adv for stage in self.stages) and self.adversarial.real is Real.DATA
+        return self.method in METHODS or critic or bool(self.feedback.structure.model)
+
     def _check_stages(self) -> None:
         if not self.stages:
             raise OptionError("stages: a distillation needs at least one")
-        if self.method in (SCORE, FEEDBACK) and any(s.w_adv or s.segments > 1 or s.teacher is not Teacher.ORIGINAL
-                                                    for s in self.stages):  # fmt: skip
-            raise OptionError(f"method {self.method}: its stages have segments 1, w_adv 0 and the original teacher")
+        if self.method in (SCORE, FEEDBACK) and any(
+            s.segments > 1 or s.teacher is not Teacher.ORIGINAL or (s.w_adv and self.method == FEEDBACK)
+            for s in self.stages
+        ):
+            no_critic = ", w_adv 0" if self.method == FEEDBACK else ""
+            raise OptionError(f"method {self.method}: its stages have segments 1{no_critic} and the original teacher")
+        if self.method == SCORE and any(stage.w_adv for stage in self.stages):
+            self._check_score_critic()
         if self.method == FEEDBACK and (len(self.stages) > 1 or not self.feedback.rewards):
             raise OptionError(
                 f"method {FEEDBACK}: {len(self.stages)} stages, {len(self.feedback.rewards)} rewards: it has one stage "
@@ -248,6 +259,16 @@ class DistillConfig:
             )
         if self.stages[0].teacher is not Teacher.ORIGINAL and not self.init_lora:
             raise OptionError("stages.0.teacher previous: there is none; set it to original, or set init_lora")
+
+    def _check_score_critic(self) -> None:
+        real, conditional = self.adversarial.real, self.adversarial.conditional
+        if conditional or real is Real.TARGET:
+            raise OptionError(
+                f"adversarial.real {real}, conditional {conditional}: score distillation has no target and no jump; "
+                "set real to data or teacher_multistep, conditional to false"
+            )
+        if real is Real.TEACHER_MULTISTEP and not self.score.pairs:
+            raise OptionError(f"adversarial.real {real}: in score distillation these are the pairs; set score.pairs")
 
 
 def tscd_stages(

@@ -22,7 +22,7 @@ from torch import nn
 
 from hypersd_export.errors import MissingBackend, OptionError
 from trainer.discriminator import Discriminator
-from trainer.distill.config import SCORE, DistillConfig
+from trainer.distill.config import DistillConfig
 from trainer.distill.networks import Networks
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,7 +57,7 @@ class Share:
         return [slice(self.start + i * self.micro, self.start + (i + 1) * self.micro) for i in range(self.count)]
 
 
-def make_optimizer(name: str, parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+def make_optimizer(name: str, parameters: list[Any], **settings: Any) -> torch.optim.Optimizer:
     """adamw, or adamw8bit (bitsandbytes: two bytes of moments a weight); MissingBackend if that is not installed."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, foreach=True, **settings)
@@ -132,11 +132,8 @@ class Engine:
         (optimizer.optimizer if self.kind == "DEEPSPEED" else optimizer).state.clear()
         self.critic_optimizer = None
         if discriminator is not None:
-            settings: Any = self.config.score if self.config.method == SCORE else self.config.adversarial
-            self.critic_optimizer = make_optimizer(
-                self.config.optimizer, discriminator.trainable_parameters(), lr=settings.lr, betas=settings.betas,
-                weight_decay=0.0,
-            )  # fmt: skip
+            groups = discriminator.groups(self.config)
+            self.critic_optimizer = make_optimizer(self.config.optimizer, groups, weight_decay=0.0)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The configured mixed precision."""

@@ -109,7 +109,7 @@ def passes(config: DistillConfig, stage: StageConfig) -> dict[str, float | int |
     teacher = 1 if plain else 2
     settings = config.adversarial
     if config.method == SCORE:
-        return _score_passes(config, teacher)
+        return _score_passes(config, stage, teacher)
     if config.method == FEEDBACK:
         return _feedback_passes(config)
     found: dict[str, float | int | None] = {
@@ -118,27 +118,33 @@ def passes(config: DistillConfig, stage: StageConfig) -> dict[str, float | int |
         "target": round(target_share(config, stage), 4),
     }  # fmt: skip
     if stage.w_adv:
-        origin, trained = int(settings.conditional), settings.backend is Backend.TRAINABLE
-        found |= {
-            # the first of its steps is the consistency target's
-            "teacher_multistep": (settings.teacher_steps - 1) * teacher * (settings.real is Real.TEACHER_MULTISTEP),
-            # a frozen encoder sees the fake, and where the jump began, once for both losses
-            "discriminator_forward": 3 + 2 * origin if trained else 2 + origin, "discriminator_backward_to_student": 1,
-            "discriminator_backward": 2 + origin if trained else 0,
-        }  # fmt: skip
+        # the first of its steps is the consistency target's
+        solved = (settings.teacher_steps - 1) * teacher * (settings.real is Real.TEACHER_MULTISTEP)
+        found |= {"teacher_multistep": solved, **_discriminator_passes(config)}
     return found
 
 
-def _score_passes(config: DistillConfig, teacher: int) -> dict[str, float | int | None]:
+def _score_passes(config: DistillConfig, stage: StageConfig, teacher: int) -> dict[str, float | int | None]:
     """A step of score distillation, the student's part of it as a mean over the steps in which it learns and not."""
     learns = 1 / config.score.student_every
     played = sum((count - 1) / 2 for count in config.score.steps) / len(config.score.steps)
     if config.score.pairs:  # an anchored sample is of one step
         played *= 1 - config.score.pair_share
-    return {
+    found: dict[str, float | int | None] = {
         "student_forward": 1, "student_backward": learns, "student_played": round(played, 4),
         "student_recomputed": learns * config.gradient_checkpointing, "teacher": teacher * learns,
         "fake_forward": 1 + learns, "fake_backward": 1, "fake_recomputed": int(config.gradient_checkpointing),
+    }  # fmt: skip
+    return found | (_discriminator_passes(config, learns) if stage.w_adv else {})
+
+
+def _discriminator_passes(config: DistillConfig, learns: float = 1) -> dict[str, float | int]:
+    """learns: the share of steps in which the student does. A frozen encoder sees the fake, and where the jump began,
+    once for both losses."""
+    origin, trained = int(config.adversarial.conditional), config.adversarial.backend is Backend.TRAINABLE
+    return {
+        "discriminator_forward": 3 + 2 * origin if trained else 2 + origin,
+        "discriminator_backward_to_student": learns, "discriminator_backward": 2 + origin if trained else 0,
     }  # fmt: skip
 
 

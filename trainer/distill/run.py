@@ -80,7 +80,7 @@ class Distillation:
             raise OptionError("no data: this recipe needs --data, an image folder, a dataset or a shard pattern")
         from trainer.data import is_prompts
 
-        if is_prompts(config.data.source) and (config.method in METHODS or config.feedback.structure.model):
+        if is_prompts(config.data.source) and config.needs_pictures:
             raise OptionError(f"data {config.data.source}: prompts alone, and this learns from pictures; pass --data")
         if config.validate_every and not config.validation_prompts and config.base != "builtin":
             raise OptionError("validate_every needs prompts: --set validation_prompts='[\"a fox\", …]'")
@@ -176,7 +176,7 @@ class Distillation:
         self.networks = engine.prepare(networks)
         self._empty = self._source.empty.to(engine.device)
         if config.method == SCORE:
-            self._critic, self._pairs = FakeScore(self.networks), self._open_pairs()
+            self._critic, self._pairs = FakeScore(self.networks, self._critic), self._open_pairs()
         if self._feedback is not None:
             self._feedback.open(base, self.networks, self._source, engine)
         self._validator = self._make_validator() if config.validate_every else None

@@ -3,6 +3,8 @@
 The student draws a picture in one of `score.steps` steps with the TCD sampler at eta 1, as its LoRA will be played: the
 steps before a drawn one are played without gradient (DMD2's backward simulation). Real score: the original model with
 guidance. Fake score: another LoRA on it, that begins as the original model. Both see the picture at a drawn noise.
+With a stage's w_adv a discriminator sees it too, beside drawings or the teacher's solutions (DMD2's GAN loss; there it
+is a head on the fake score, here the one of `trainer.discriminator`, at the noises of `adversarial.reach`).
 """
 
 import dataclasses
@@ -17,12 +19,14 @@ from hypersd_export.diffusion import FewStepPlan, x0_and_eps
 from hypersd_export.diffusion.solver import add_noise
 from hypersd_export.errors import OptionError
 from trainer.batch import Batch, Conditioning, Map, PerSample, keyed_generator
-from trainer.distill.config import DistillConfig, StageConfig
+from trainer.discriminator import Discriminator
+from trainer.distill.config import DistillConfig, Real, StageConfig
+from trainer.distill.look import Look, critic_loss, judge
 from trainer.distill.networks import Networks, Role
 from trainer.distill.pairs import Pairs
 from trainer.distill.rollout import play
 from trainer.distill.step import StepOutput
-from trainer.losses.adversarial import renoise
+from trainer.losses.adversarial import generator_loss, renoise
 from trainer.losses.score import denoising_loss, matching_direction, matching_loss
 from trainer.losses.tscd import elementwise_distance, level, psi
 
@@ -31,7 +35,8 @@ from trainer.losses.tscd import elementwise_distance, level, psi
 class ScoreDraws(PerSample):
     """What one step draws, a row per sample: initial noise [B, C, h, w] and that of the later steps [B, n, C, h, w];
     which of `score.steps` and which step of it, int64 [B]; both timesteps [B] with their noises; guidance w [B]; `drop`
-    bool [B]; `pair` int64 [B], the anchor's number, or -1. student: whether the student learns in this step."""
+    bool [B]; `pair` int64 [B], the anchor's number, or -1; for the discriminator its timesteps [B], two
+    noises, and the number of the pair that is real. student: whether the student learns in this step."""
 
     student: bool
     noise: torch.Tensor
@@ -45,6 +50,10 @@ class ScoreDraws(PerSample):
     fake_noise: torch.Tensor
     guidance: torch.Tensor
     drop: torch.Tensor
+    critic_t: torch.Tensor
+    critic_noise: torch.Tensor
+    real_noise: torch.Tensor
+    real_pair: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it by name, for the file of a bad step."""
@@ -56,24 +65,31 @@ class ScoreDraws(PerSample):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What the fake score learns from: the student's pictures [B, C, h, w], and where they are looked at."""
+    """What the fake score learns from: the student's pictures [B, C, h, w], and where they are looked at. `look` is
+    what the discriminator does, None without one."""
 
     x0: torch.Tensor
     conditioning: Conditioning
     t: torch.Tensor
     noise: torch.Tensor
+    look: Look | None = None
 
 
 class FakeScore:
-    """The fake score as the critic of a stage: its weights are the teacher's adapter of `networks`, and are saved as
-    such, so that it has no state of its own."""
+    """The fake score as the critic of a stage, with the discriminator if the run has one. Its weights are the teacher's
+    adapter of `networks`, and are saved as such, so that it has no state of its own."""
 
-    def __init__(self, networks: Networks) -> None:
-        self._weights = networks.fake_parameters()
+    def __init__(self, networks: Networks, discriminator: Discriminator | None = None) -> None:
+        self._weights, self.discriminator = networks.fake_parameters(), discriminator
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The adapter's weights, float32."""
         return self._weights
+
+    def groups(self, config: DistillConfig) -> list[dict[str, Any]]:
+        """Both's weights for an optimiser, each with its own rate and betas."""
+        mine = {"params": self._weights, "lr": config.score.lr, "betas": config.score.betas}
+        return [mine, *([] if self.discriminator is None else self.discriminator.groups(config))]
 
     def learn(self, on: bool) -> None:
         """Whether they take gradients."""
@@ -81,11 +97,13 @@ class FakeScore:
             weight.requires_grad_(on)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Nothing: see above."""
-        return {}
+        """The discriminator's."""
+        return {} if self.discriminator is None else self.discriminator.state()
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Nothing."""
+        """The discriminator's back."""
+        if self.discriminator is not None:
+            self.discriminator.load_state(tensors)
 
 
 class ScoreStep:
@@ -97,6 +115,7 @@ class ScoreStep:
     ) -> None:  # fmt: skip
         self.networks, self.config, self.stage, self.empty, self.fake = networks, config, stage, empty, fake
         self.pairs, self.number = pairs, number
+        self.discriminator = fake.discriminator if stage.w_adv else None
         self.alphas = networks.alphas_cumprod.to(networks.unet.device, torch.float32)
         self.courses = courses(plans, config, len(self.alphas)).to(self.alphas.device)
 
@@ -112,7 +131,8 @@ class ScoreStep:
         low, high = (round(bound * total) for bound in score.t_range)
         pair = torch.randint(max(1, score.pairs), (count,), generator=generator)
         anchored = (share[1] < score.pair_share) & (score.pairs > 0)
-        weakest, strongest = config.guidance
+        critic_noise, real_noise = torch.randn(2, count, *shape, generator=generator)
+        reach, weakest, strongest = max(1, round(config.adversarial.reach * total)), *config.guidance
         return ScoreDraws(
             student=step % score.student_every == 0, noise=noise, path_noise=path_noise,
             course=torch.where(anchored, score.steps.index(1) if score.pairs else 0, course),
@@ -120,6 +140,9 @@ class ScoreStep:
             match_t=torch.randint(low, high, (count,), generator=generator), match_noise=match_noise,
             fake_t=torch.randint(0, total, (count,), generator=generator), fake_noise=fake_noise,
             guidance=(weakest + (strongest - weakest) * share[2]).float(), drop=share[3] < config.empty_prompts,
+            critic_noise=critic_noise, real_noise=real_noise,
+            critic_t=torch.randint(0, reach, (count,), generator=generator),
+            real_pair=torch.randint(max(1, score.pairs), (count,), generator=generator),
         )  # fmt: skip
 
     def __call__(self, batch: Batch, draws: ScoreDraws) -> StepOutput:
@@ -132,10 +155,16 @@ class ScoreStep:
         x, t = self.play(noise, draws, conditioning)
         with torch.set_grad_enabled(draws.student):
             picture = self._land(self.networks.student(x, t, conditioning), x, t)
-        sample = Sample(x0=picture.detach(), conditioning=conditioning, t=draws.fake_t, noise=draws.fake_noise)
+            look, logits = self._look(picture, batch, draws, conditioning)
+        sample = Sample(
+            x0=picture.detach(), conditioning=conditioning, t=draws.fake_t, noise=draws.fake_noise, look=look
+        )  # fmt: skip
         if not draws.student:
             return StepOutput(loss=None, logs={}, look=sample)
         loss, logs = self._match(picture, draws, conditioning)
+        if logits:
+            deceit = generator_loss(self.config.adversarial.backend, logits).mean()
+            loss, logs["adversarial"] = loss + self.stage.w_adv * deceit, deceit.detach()
         if solution is not None:
             far = elementwise_distance(picture, solution, self.config.distance, self.config.huber_c) * anchored
             loss = loss + self.config.score.w_anchor * far.mean()
@@ -147,12 +176,18 @@ class ScoreStep:
         self.networks.update_target(self.config.ema_decay)
 
     def critic_loss(self, look: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The fake score's denoising loss on the student's pictures: scalar, with gradient to it alone."""
+        """The fake score's denoising loss on the student's pictures, and the discriminator's: scalar, with gradient to
+        them alone."""
         self.fake.learn(True)
         a = level(self.alphas[look.t])
         out = self.networks.fake(add_noise(look.x0, look.noise, a), look.t, look.conditioning)
         loss = denoising_loss(out, look.x0, look.noise, a, self.networks.prediction_type).mean()
-        return loss, {"fake": loss.detach()}
+        logs = {"fake": loss.detach()}
+        if look.look is not None:
+            assert self.discriminator is not None
+            judged, figures = critic_loss(self.discriminator, look.look)
+            loss, logs = loss + judged, logs | figures
+        return loss, logs
 
     def play(
         self, noise: torch.Tensor, draws: ScoreDraws, conditioning: Conditioning
@@ -171,6 +206,25 @@ class ScoreStep:
     def _land(self, out: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Where the sampler's last step lands: on the path's first level, as TCD does, and not on x̂0."""
         return psi(x, out, level(self.alphas[t]), level(self.alphas[:1]), self.networks.prediction_type)
+
+    def _look(
+        self, picture: torch.Tensor, batch: Batch, draws: ScoreDraws, conditioning: Conditioning
+    ) -> tuple[Look | None, tuple[torch.Tensor, ...]]:
+        """What the discriminator and the student look at, and the logits of the pictures; nothing without one."""
+        if self.discriminator is None:
+            return None, ()
+        first, seen_at = level(self.alphas[:1]), level(self.alphas[draws.critic_t])
+        if self.config.adversarial.real is Real.DATA:
+            real, theirs = add_noise(batch.latents, draws.real_noise, seen_at), batch.conditioning
+        else:
+            assert self.pairs is not None
+            _, solution, theirs = self.pairs.put(draws.real_pair, conditioning)
+            real = renoise(solution, first, seen_at, draws.real_noise)
+        fake = renoise(picture, first, seen_at, draws.critic_noise)
+        return judge(
+            self.discriminator,
+            Look(fake=fake, real=real, t=draws.critic_t, conditioning=conditioning, real_conditioning=theirs),
+        )
 
     def _match(
         self, picture: torch.Tensor, draws: ScoreDraws, conditioning: Conditioning

@@ -13,7 +13,8 @@ import torch
 from hypersd_export.diffusion.solver import add_noise
 from trainer.batch import Batch, Conditioning, Map, PerSample, keyed_generator
 from trainer.discriminator import Discriminator
-from trainer.distill.config import Backend, DistillConfig, Real, StageConfig, Teacher
+from trainer.distill.config import DistillConfig, Real, StageConfig, Teacher
+from trainer.distill.look import Look, critic_loss, judge
 from trainer.distill.networks import Networks, Role
 from trainer.losses import adversarial
 from trainer.losses.tscd import Grid, Indices, Pair, consistency_distance, consistency_pair, draw_indices, level, psi
@@ -45,22 +46,6 @@ class Draws(PerSample):
     def _map(self, function: Map) -> "Draws":
         tensors = {f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "indices"}
         return Draws(indices=Indices(function(self.indices.start), function(self.indices.end)), **tensors)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Look:
-    """What the critic sees: fake and real [B, C, h, w] at timesteps t [B], and where the fake's jump began.
-
-    seen, begun: the encoder's features of `fake` and of `origin`, which a frozen encoder need not be asked for again.
-    """
-
-    fake: torch.Tensor
-    real: torch.Tensor
-    t: torch.Tensor
-    conditioning: Conditioning
-    origin: tuple[torch.Tensor, torch.Tensor] | None
-    seen: tuple[torch.Tensor, ...] = ()
-    begun: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,25 +105,9 @@ class DistillStep:
         self.networks.update_target(self.config.ema_decay)
 
     def critic_loss(self, look: Look) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The discriminator's loss on real and fake: scalar, with gradient to it alone.
-
-        Call it after the student's backward pass: it lets the discriminator's weights take gradients again.
-        """
-        critic = self.discriminator
-        assert critic is not None
-        critic.learn(True)
-        if look.seen:
-            real_features = critic.features(look.real, look.t, look.conditioning)
-            both = tuple(torch.cat(maps) for maps in zip(real_features, look.seen, strict=True))
-            logits = critic.logits(both, look.begun)
-        else:
-            twice = torch.arange(len(look.t), device=look.t.device).repeat(2)
-            x, conditioning = torch.cat([look.real, look.fake]), look.conditioning.rows(twice)
-            logits = critic(x, look.t[twice], conditioning, look.origin)
-        real, fake = zip(*(part.chunk(2) for part in logits), strict=True)
-        loss = adversarial.critic_loss(self.config.adversarial.backend, real, fake).mean()
-        right = torch.stack([(r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake, strict=True)])
-        return loss, {"critic": loss.detach(), "critic_right": right.detach().mean() / 2}
+        """The discriminator's, after the student's backward pass: `trainer.distill.look`."""
+        assert self.discriminator is not None
+        return critic_loss(self.discriminator, look)
 
     def _pair(self, x0: torch.Tensor, draws: Draws, conditioning: Conditioning) -> Pair:
         networks = self.networks
@@ -174,13 +143,7 @@ class DistillStep:
                 clean = pair.target if settings.real is Real.TARGET else self._solve(draws, conditioning, pair)
                 real = adversarial.renoise(clean, end, seen_at, draws.critic_noise)
         origin = (pair.x_start, self.grid.timesteps[pair.indices.start]) if settings.conditional else None
-        critic.learn(False)
-        features = critic.features(fake, t, conditioning)
-        begun = None if origin is None else critic.features(*origin, conditioning)
-        look = Look(fake=fake.detach(), real=real, t=t, conditioning=conditioning, origin=origin)
-        if settings.backend is Backend.FROZEN:
-            look = dataclasses.replace(look, seen=tuple(map_.detach() for map_ in features), begun=begun)
-        return look, critic.logits(features, begun)
+        return judge(critic, Look(fake=fake, real=real, t=t, conditioning=conditioning, origin=origin))
 
     def _solve(self, draws: Draws, conditioning: Conditioning, pair: Pair) -> torch.Tensor:
         """The teacher's solution from t_n to t_end in `teacher_steps` DDIM steps: sharp, and on its path."""
