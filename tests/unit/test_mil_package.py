@@ -126,6 +126,33 @@ def test_several_functions_each_with_its_own_shapes(tmp_path):
         package.evaluate({"x": np.zeros((1, 3, 8, 8), np.float32)}, function="s2")
 
 
+def test_other_weights_in_place_of_the_packages(tmp_path):
+    """In any order, several at once, and with a use in a nested block: what a package with those weights gives."""
+    rng = np.random.default_rng(1)
+    first, second = (rng.standard_normal((4, 4)).astype(np.float16) for _ in range(2))
+    others = {"first": first + np.float16(1), "second": -second}
+
+    def body(weights):
+        def net(x):
+            kept = {name: mb.const(val=weights[name], name=name) for name in ("first", "second")}
+            hidden = mb.relu(x=mb.matmul(x=x, y=kept["first"]))
+            end = mb.matmul(x=hidden, y=kept["second"])
+            positive = mb.greater(x=mb.reduce_sum(x=x, axes=[0, 1]), y=np.float16(0))
+            return mb.cond(pred=positive, _true_fn=lambda: mb.matmul(x=end, y=kept["first"]), _false_fn=lambda: end)
+
+        return net
+
+    plain = {"first": first, "second": second}
+    x = X.astype(np.float16)
+    changes = [{"second": others["second"]}, {"first": others["first"]}, others, {"second": others["second"]}, {}]
+    package = open_package(save_program(body(plain), [x], tmp_path, "iOS17"))
+    found = list(package.evaluate_with({"x0": x}, changes))
+    for change, outputs in zip(changes, found, strict=True):
+        own = open_package(save_program(body(plain | change), [x], tmp_path, "iOS17", name="own"))
+        for value, expected in zip(outputs.values(), own.evaluate({"x0": x}).values(), strict=True):
+            assert np.array_equal(value, expected), list(change)
+
+
 def test_every_element_type_of_the_format_is_named_but_the_small_floats():
     from coremltools.proto import MIL_pb2
 

@@ -1,6 +1,6 @@
 """A package as functions that can be evaluated: what goes in, what comes out, and what is refused."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from hypersd_export.errors import BundleError, OptionError
 from hypersd_export.verify.mil.file import NUMPY, PackageFile, TensorType, read_package, tensor_type
 from hypersd_export.verify.mil.ops import KERNELS
-from hypersd_export.verify.mil.run import CONTROL, ROUNDINGS, Run, as_tensor
+from hypersd_export.verify.mil.run import CONTROL, ROUNDINGS, Run, as_tensor, first_use
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,9 +92,41 @@ class Package:
             OptionError: inputs that do not fit by name, shape or values; a function or rounding that there is not.
             BundleError: an op that is unknown, fails, or gives another shape than the package declares; damaged files.
         """
+        run, chosen, values = self._started(inputs, rounding, function)
+        return _arrays_of(chosen, run.block(chosen.block, values, chosen.outputs))
+
+    @torch.no_grad()
+    def evaluate_with(
+        self,
+        inputs: Mapping[str, npt.ArrayLike],
+        weights: Iterable[Mapping[str, npt.NDArray[Any]]],
+        *,
+        rounding: str = "fp16",
+        function: str | None = None,
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """For each of `weights` the outputs of `evaluate` with these arrays in place of the constants of these names.
+
+        What comes ahead of the first use of a name is not computed again: give the weights in the order of their first
+        use. Arrays have the constants' own shapes and element types. Raises as `evaluate`.
+        """
+        run, chosen, start = self._started(inputs, rounding, function)
+        values, done = dict(start), 0
+        for changed in weights:
+            fork = first_use(chosen.block, changed)
+            if fork < done:
+                values, done = dict(start), 0
+            run.ops(chosen.block, values, chosen.outputs, done, fork)
+            done = fork
+            own = values | {name: as_tensor(array) for name, array in changed.items()}
+            yield _arrays_of(chosen, run.block(chosen.block, own, chosen.outputs, start=fork))
+
+    def _started(
+        self, inputs: Mapping[str, npt.ArrayLike], rounding: str, name: str | None
+    ) -> tuple[Run, Function, dict[str, Any]]:
+        """An evaluation of a function with its inputs in scope, none of its ops run; raises as `evaluate`."""
         if rounding not in ROUNDINGS:
             raise OptionError(f"rounding {rounding}: choose from {' and '.join(ROUNDINGS)}")
-        chosen = self.function(function)
+        chosen = self.function(name)
         unknown = sorted(set(chosen.op_types()) - set(KERNELS) - {"const", *CONTROL})
         if unknown:
             raise BundleError(
@@ -106,8 +138,7 @@ class Package:
             name: run.settle(as_tensor(array), chosen.inputs[name].kind)
             for name, array in _arrays(self.file.path, chosen, inputs).items()
         }
-        results = run.block(chosen.block, values, chosen.outputs)
-        return {name: value.contiguous().numpy() for name, value in zip(chosen.outputs, results, strict=True)}
+        return run, chosen, values
 
 
 def open_package(path: str | Path) -> Package:
@@ -145,6 +176,10 @@ def _input(kind: TensorType, described: Any) -> Input:
         for axis in described.shapeRange.sizeRanges
     )
     return Input(kind=kind, listed=listed, bounds=bounds)
+
+
+def _arrays_of(function: Function, results: Sequence[torch.Tensor]) -> dict[str, npt.NDArray[Any]]:
+    return {name: value.contiguous().numpy() for name, value in zip(function.outputs, results, strict=True)}
 
 
 def _arrays(path: Path, function: Function, given: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[Any]]:

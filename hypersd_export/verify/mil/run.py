@@ -1,6 +1,6 @@
 """One evaluation of a function: its ops in order, each in float32, each result in its declared type and shape."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,23 @@ class Run:
     file: PackageFile
     half: bool
 
-    def block(self, block: Any, values: Values, outputs: Sequence[str]) -> list[torch.Tensor]:
+    def block(self, block: Any, values: Values, outputs: Sequence[str], *, start: int = 0) -> list[torch.Tensor]:
         """Run the ops of a block with `values` in scope (changed in place); returns what it names as outputs."""
+        self.ops(block, values, outputs, start, len(block.operations))
+        return [self._value(name, values) for name in outputs]
+
+    def ops(self, block: Any, values: Values, outputs: Sequence[str], start: int, stop: int) -> None:
+        """Run a block's ops from number `start` to before `stop`, with in scope what those before have left there.
+
+        A constant that is in scope already stays as it is there.
+        """
         last = {name: number for number, op in enumerate(block.operations) for name in _names(op)}
         for number, op in enumerate(block.operations):
             if op.type == "const" or op.type.startswith("constexpr_"):
-                values |= {declared.name: Deferred(op, index) for index, declared in enumerate(op.outputs)}
+                for index, declared in enumerate(op.outputs):
+                    values.setdefault(declared.name, Deferred(op, index))
+                continue
+            if not start <= number < stop:
                 continue
             for declared, result in zip(op.outputs, self._results(op, values), strict=True):
                 if declared.name in last or declared.name in outputs:
@@ -58,7 +69,6 @@ class Run:
             for name in _names(op):
                 if last[name] == number and name not in outputs and not isinstance(values.get(name), Deferred):
                     values.pop(name, None)
-        return [self._value(name, values) for name in outputs]
 
     def settle(self, value: torch.Tensor, kind: TensorType) -> torch.Tensor:
         """A value in its declared element type; raises `BundleError` for a type that is not held."""
@@ -134,6 +144,13 @@ def as_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
 
 def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype is torch.float16 else value
+
+
+def first_use(block: Any, names: Collection[str]) -> int:
+    """The number of the first op of a block that reads one of these values, in a nested block or not; the number of
+    its ops if none does."""
+    users = (number for number, op in enumerate(block.operations) if not _names(op).isdisjoint(names))
+    return next(users, len(block.operations))
 
 
 def _names(op: Any) -> set[str]:
