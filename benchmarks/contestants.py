@@ -28,11 +28,12 @@ OWN = "own"
 
 class Table(StrEnum):
     """STAGES: every step count has a LoRA of its own. ONE_LORA: one LoRA at every step count. REAL: stages that differ
-    in the critic's real samples alone."""
+    in the critic's real samples alone. ABLATION: the parts of the whole method, one LoRA each."""
 
     STAGES = "stages"
     ONE_LORA = "one_lora"
     REAL = "real"
+    ABLATION = "ablation"
 
 
 def sampler_plan(sampler: str, steps: int, guidance: float = 1.0) -> FewStepPlan:

@@ -16,6 +16,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import distilled_tables, metrics, stats
+from benchmarks import ablation, distilled_tables, metrics, stats
+from benchmarks.bench.scorers import Scorer, open_scorers
 from benchmarks.contestants import Contestant, Table, read_contestants
 from benchmarks.distilled_tables import Cell, Row, markdown, measure, unequal_columns
 from benchmarks.feature_cache import Arrays, FeatureCache
@@ -50,7 +52,10 @@ TITLES = {
     Table.STAGES: "Per stage: a LoRA of its own at every step count",
     Table.ONE_LORA: "One LoRA at every step count",
     Table.REAL: "What the critic sees as real, in the last stage",
+    Table.ABLATION: "The parts of the whole method",
 }
+RIVALS, BASE = ("TCD", "LCM"), "TSCD"
+"""Rows of an ablation: whose FD-T the whole is to halve, and which one its further parts are compared with."""
 
 
 class Bench:
@@ -73,6 +78,8 @@ class Bench:
         concepts = np.linspace(0, len(CONCEPTS) - 1, min(len(CONCEPTS), max(2, -(-count // VARIETY)))).round()
         self.varied = [caption(CONCEPTS[int(c)], None, None) for c in concepts]
         self._student: tuple[str, Parts] | None = None
+        self._drawn: tuple[str, torch.Tensor] | None = None
+        self._scorers: list[Scorer] = []
 
     def cell(self, lora: LoraFile | None, plan: FewStepPlan, *, rounds: int = ROUNDS) -> dict[str, Estimate]:
         """The figures of one LoRA by one plan; they are cached too, as the bootstrap takes seconds."""
@@ -91,6 +98,28 @@ class Bench:
         stored = self.cache.get(key, compute)
         return {name: Estimate(float(values[0]), values[1:]) for name, values in stored.items()}
 
+    def full_cell(self, lora: LoraFile | None, plan: FewStepPlan) -> dict[str, Estimate]:
+        """`cell`'s figures and those of `benchmarks.ablation`."""
+        figures, teacher = self.cell(lora, plan), teacher_at([]).plan(TEACHER_STEPS)
+        self._scorers = self._scorers or open_scorers(ablation.TRAINED_ON)
+        mine, reference = self._key(lora, plan, PICTURES_SEED), self._key(None, teacher, REFERENCE_SEED)
+        code = sha256_file(Path(ablation.__file__))
+        looked = self.cache.get(
+            {"looks": mine, "rewards": [scorer.digest for scorer in self._scorers], "code": code},
+            lambda: ablation.looks(self._measured(mine, lora, plan), self.captions, self._scorers),
+        )
+        features = self._features(mine, lora, plan, self.captions, PICTURES_SEED)
+        return figures | ablation.further(
+            looked, features, self._features(reference, None, teacher, self.captions, REFERENCE_SEED)
+        )
+
+    def _measured(self, key: dict[str, Any], lora: LoraFile | None, plan: FewStepPlan) -> torch.Tensor:
+        """The pictures that are measured; the last ones are kept, as features and looks ask for them in turn."""
+        name = digest_json(key)
+        if self._drawn is None or self._drawn[0] != name:
+            self._drawn = (name, self.pictures(lora, plan, self.captions, PICTURES_SEED))
+        return self._drawn[1]
+
     def pictures(self, lora: LoraFile | None, plan: FewStepPlan, captions: Sequence[str], first_seed: int) -> Any:
         """Pictures in [-1, 1], float32 [N, 3, H, W]."""
         return self._parts_of(lora).draw(captions, plan, first_seed=first_seed)
@@ -106,7 +135,9 @@ class Bench:
         self, key: dict[str, Any], lora: LoraFile | None, plan: FewStepPlan, captions: Sequence[str], first_seed: int
     ) -> np.ndarray:
         def compute() -> Arrays:
-            return {"features": self.judge.pictures(self.pictures(lora, plan, captions, first_seed))}
+            measured = first_seed == PICTURES_SEED
+            drawn = self._measured(key, lora, plan) if measured else self.pictures(lora, plan, captions, first_seed)
+            return {"features": self.judge.pictures(drawn)}
 
         return self.cache.get(key, compute)["features"]
 
@@ -185,13 +216,13 @@ def rows_of(
 def report(bench: Bench, contestants: Sequence[Contestant]) -> tuple[dict[str, Any], str]:
     """The tables as JSON data and as Markdown."""
 
-    def cell(lora: LoraFile | None, plan: FewStepPlan) -> dict[str, Estimate]:
-        figures = bench.cell(lora, plan)
+    def cell(lora: LoraFile | None, plan: FewStepPlan, *, full: bool = False) -> dict[str, Estimate]:
+        figures = bench.full_cell(lora, plan) if full else bench.cell(lora, plan)
         name = "the base" if lora is None else lora.path.name
         print(f"{name}, {plan.solver}, {plan.num_steps} steps: {figures['clip_score'].value:.2f}", flush=True)
         return figures
 
-    best = Cell(updates=0, seeds=(0,), figures=(cell(None, teacher_at([]).plan(TEACHER_STEPS)),))
+    best = _teachers(cell)
     data = {**_circumstances(bench), "teacher_25": best.to_json(), "tables": {}}
     text = [_preface(data)]
     for table in Table:
@@ -199,7 +230,8 @@ def report(bench: Bench, contestants: Sequence[Contestant]) -> tuple[dict[str, A
         if not entries:
             continue
         columns = sorted({steps for c in entries for steps in c.steps}, reverse=True)
-        rows = rows_of([teacher_at(columns), *entries], cell)
+        full = table is Table.ABLATION
+        rows = rows_of([teacher_at(columns), *entries], partial(cell, full=full))
         unequal = unequal_columns(rows)
         data["tables"][table.value] = {
             "columns": columns,
@@ -210,8 +242,18 @@ def report(bench: Bench, contestants: Sequence[Contestant]) -> tuple[dict[str, A
             ],
         }
         warning = f"The student updates differ at {', '.join(map(str, unequal))} steps.\n\n" if unequal else ""
-        text.append(f"## {TITLES[table]}\n\n{warning}{markdown(rows, best)}")
+        top = _teachers(partial(cell, full=True)) if full else best
+        text.append(f"## {TITLES[table]}\n\n{warning}{markdown(rows, top)}")
+        if full:
+            data["aims"] = ablation.aims(rows, top, RIVALS)
+            data["signs"] = ablation.signs(rows, top, BASE)
+            text.append(ablation.markdown(data["aims"], data["signs"], BASE))
     return data, "\n\n".join(text)
+
+
+def _teachers(cell: Callable[[LoraFile | None, FewStepPlan], dict[str, Estimate]]) -> Cell:
+    """The cell of the teacher's 25 steps."""
+    return Cell(updates=0, seeds=(0,), figures=(cell(None, teacher_at([]).plan(TEACHER_STEPS)),))
 
 
 def sheet(bench: Bench, contestants: Sequence[Contestant], table: Table) -> Any:
@@ -253,7 +295,7 @@ def _preface(data: dict[str, Any]) -> str:
     diversity, versions = data["diversity"], ", ".join(f"{k} {v}" for k, v in data["versions"].items())
     return (
         "# Distilled students\n\n"
-        "Written by `python -m benchmarks.distilled`; the figures with all digits are in distilled.json.\n\n"
+        "Written by `python -m benchmarks.distilled`; the figures with all digits are in the JSON file beside this.\n\n"
         f"{data['prompts']:,} held-out prompts (prompt seed {data['prompt_seed']}), a picture each from the noise of "
         f"seeds {data['first_seed']:,} and up. FD-T and KID-T: to the teacher's {TEACHER_STEPS}-step pictures of the "
         f"same prompts from seeds {data['reference_first_seed']:,} and up, so that the teacher's {TEACHER_STEPS}-step "
@@ -283,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="folders where relative LoRA paths are found")
     parser.add_argument("--count", type=int, default=1024, help="held-out prompts")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="distilled", help="of the files that are written")
     parser.add_argument("--cache", type=Path, default=default_cache_dir() / "distilled")
     parser.add_argument("--model", type=Path, default=model_dir())
     parser.add_argument("--judge", type=Path, default=WEIGHTS)
@@ -296,10 +339,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         for table in Table:
             if any(c.table is table for c in contestants):
-                sheet(bench, contestants, table).save(options.out / f"distilled-{table.replace('_', '-')}.png")
+                sheet(bench, contestants, table).save(options.out / f"{options.name}-{table.replace('_', '-')}.png")
         if not options.grids_only:
             data, text = report(bench, contestants)
-            write_result(options.out, "distilled", data, text)
+            write_result(options.out, options.name, data, text)
     return ended.code
 
 

@@ -19,9 +19,17 @@ METRICS = {
     "kid_t": ("KID-T × 1000, lower is better", 1000.0, 2),
     "diversity": ("Diversity × 100, nearer to the teacher's 25 steps is better", 100.0, 1),
     "retrieval_top1": ("Own caption nearest of 100, in %, higher is better", 100.0, 1),
+    "reward_clip": ("CLIP score of the pipeline's own CLIP, a reward that was trained on", 1.0, 1),
+    "reward_preference": ("Preference, a reward that was trained on", 1.0, 2),
+    "precision": ("k-NN precision to the teacher, in %, higher is better", 100.0, 1),
+    "recall": ("k-NN recall of the teacher, in %, higher is better", 100.0, 1),
+    "saturation": ("Saturation × 100, nearer to the teacher's 25 steps is better", 100.0, 1),
+    "texture": ("Texture × 100, nearer to the teacher's 25 steps is better", 100.0, 2),
 }
-"""By key: heading, factor and decimals in Markdown; JSON has the plain values."""
-HIGHER = {"clip_score", "retrieval_top1"}
+"""By key: heading, factor and decimals in Markdown; JSON has the plain values. Rows have the first five; those of an
+ablation have all."""
+HIGHER = {"clip_score", "retrieval_top1", "reward_clip", "reward_preference", "precision", "recall"}
+NEARER = {"diversity", "saturation", "texture"}
 
 
 def measure(
@@ -62,7 +70,7 @@ class Cell:
     def to_json(self) -> dict[str, Any]:
         """Figures with intervals; with several training seeds also the figure of each, and their spread."""
         data: dict[str, Any] = {"updates": self.updates, "training_seeds": list(self.seeds)}
-        for metric in METRICS:
+        for metric in self.figures[0]:
             data[metric] = self.mean(metric).to_json()
             if len(self.seeds) > 1:
                 each = [figures[metric].value for figures in self.figures]
@@ -80,8 +88,8 @@ class Row:
 
 
 def loss(metric: str, estimate: Estimate, teacher: Estimate) -> Estimate:
-    """What a good row makes small: the figure, or its negative, or for diversity its distance to the teacher's."""
-    if metric == "diversity":
+    """What a good row makes small: the figure, or its negative, or its distance to the teacher's."""
+    if metric in NEARER:
         return abs(estimate - teacher)
     return -estimate if metric in HIGHER else estimate
 
@@ -112,6 +120,8 @@ def markdown(rows: Sequence[Row], teacher: Cell) -> str:
     first = Row(label="teacher, 25 steps", cells=dict.fromkeys(columns, teacher), trained=False)
     parts = []
     for metric, (heading, _, _) in METRICS.items():
+        if not all(metric in cell.figures[0] for row in rows for cell in row.cells.values()):
+            continue
         marks = {steps: best_and_ties(rows, steps, metric, teacher.mean(metric)) for steps in columns}
         lines = [f"| | updates | {' | '.join(_steps(c) for c in columns)} |", "|---" * (len(columns) + 2) + "|"]
         for row in (first, *rows):

@@ -123,13 +123,14 @@ def diversity(features: Array) -> Array:
 def precision_recall(real: Array, fake: Array, *, k: int = 3) -> tuple[float, float]:
     """k-NN precision and recall (Kynkäänniemi et al. 2019, eq. 1): the share of fakes inside the union of the real
     points' k-NN balls, and the share of reals inside the fakes'."""
-    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
-    return _covered(fake, real, k), _covered(real, fake, k)
+    return float(covered(fake, real, k).mean()), float(covered(real, fake, k).mean())
 
 
-def _covered(points: Array, manifold: Array, k: int) -> float:
+def covered(points: Array, manifold: Array, k: int) -> Array:
+    """Which points [N, D] lie inside the union of the k-NN balls of `manifold` [M, D]: bool [N]."""
+    points, manifold = np.asarray(points, np.float64), np.asarray(manifold, np.float64)
     radius = np.sort(_distances(manifold, manifold), axis=1)[:, k]  # column 0 is the point itself
-    return float((_distances(points, manifold) <= radius[None]).any(1).mean())
+    return np.asarray((_distances(points, manifold) <= radius[None]).any(1))
 
 
 def _distances(x: Array, y: Array) -> Array:
