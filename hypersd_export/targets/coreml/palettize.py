@@ -7,6 +7,7 @@ scikit-learn and takes minutes for a UNet.
 
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,48 @@ GROUP_SIZE = 16
 """Output channels that share a palette, where the deployment target has such palettes."""
 GROUPED_GENERATION = 18
 ROUNDS = 100
+MIXED = "mixed"
+"""What stands in place of the bits where weights have different ones."""
 _OPS = frozenset({"conv", "linear"})
 _EXCEPT = "p_vae_"
 """Weights of the VAE begin so in a package of the whole pipeline: it is small, and the first to show."""
 
 
-def build(source: Path, path: Path, *, bits: int, deployment_target: str) -> dict[str, Any]:
+def build(source: Path, path: Path, *, bits: int | Mapping[str, int | None], deployment_target: str) -> dict[str, Any]:
     """Write the package `source` with the weights of its convolutions and linear layers as palettes, as `path`.
 
-    Embeddings, biases and the VAE stay. From iOS 18 on each `GROUP_SIZE` output channels have their own palette, where
-    that divides their number. Returns what the manifest says: the package's figures, and how much became palettes.
+    bits: of all, or of each by its name (`weights`), where None leaves one as it is. Embeddings, biases and the VAE
+    stay. From iOS 18 on each `GROUP_SIZE` output channels have their own palette, where that divides their number.
+    Returns what the manifest says: the package's figures, and how much became palettes.
     """
     shapes = weights(vendor.read_model(source / package.MODEL_FILE))
-    grouped = GENERATIONS[deployment_target] >= GROUPED_GENERATION
-    sizes = {
-        name: GROUP_SIZE if grouped and shape[0] % GROUP_SIZE == 0 else None for name, shape in shapes.items()
-    }  # fmt: skip
+    widths = dict.fromkeys(shapes, bits) if isinstance(bits, int) else {name: bits[name] for name in shapes}
+    chosen = {name: width for name, width in widths.items() if width is not None}
+    palettes = {
+        name: (functools.partial(palette, bits=width), group_size(shapes[name], deployment_target))
+        for name, width in chosen.items()
+    }
     with package.loaded(source, path.parent) as model:
-        package.save(vendor.palettize(model, functools.partial(palette, bits=bits), sizes), path)
-    figures = {"bits": bits, "group_size": GROUP_SIZE if grouped else None, "weights": len(shapes)}
+        package.save(vendor.palettize(model, palettes), path)
+    grouped = GENERATIONS[deployment_target] >= GROUPED_GENERATION
+    figures = {
+        "bits": bits if isinstance(bits, int) else MIXED, "group_size": GROUP_SIZE if grouped else None,
+        "weights": len(chosen),
+    }  # fmt: skip
     return {**package.facts(path), "bytes_before": package.facts(source)["bytes"], "palettes": figures}
+
+
+def group_size(shape: tuple[int, ...], deployment_target: str) -> int | None:
+    """How many output channels of a weight of this shape share a palette; None where all do."""
+    grouped = GENERATIONS[deployment_target] >= GROUPED_GENERATION
+    return GROUP_SIZE if grouped and shape[0] % GROUP_SIZE == 0 else None
+
+
+def restored(values: Values, *, bits: int, size: int | None) -> Values:
+    """A weight as its palettes give it back; `size` is how many output channels share one, None for all."""
+    parts = [values] if size is None else np.split(values, len(values) // size)
+    found = (palette(part, bits=bits) for part in parts)
+    return np.concatenate([levels[index] for levels, index in found]).reshape(values.shape)
 
 
 def weights(model: Any) -> dict[str, tuple[int, ...]]:

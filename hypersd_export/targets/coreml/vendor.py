@@ -75,19 +75,20 @@ def load(path: Path) -> Any:
     return _coremltools().models.MLModel(str(path), skip_model_load=True)
 
 
-def palettize(model: Any, palette: Palette, group_sizes: Mapping[str, int | None]) -> Any:
+def palettize(model: Any, palettes: Mapping[str, tuple[Palette, int | None]]) -> Any:
     """The model with the weights of these names as palettes and indices.
 
-    With a group size each so many output channels, on axis 0, have a palette of their own (from iOS 18 on).
+    With a group size beside its palette each so many output channels, on axis 0, of a weight have a palette of their
+    own (from iOS 18 on).
     """
     _coremltools()
     import coremltools.optimize.coreml as optimize
 
-    def config(size: int | None) -> Any:
+    def config(palette: Palette, size: int | None) -> Any:
         grain = {} if size is None else {"granularity": "per_grouped_channel", "group_size": size, "channel_axis": 0}
         return optimize.OpPalettizerConfig(mode="custom", lut_function=palette, weight_threshold=0, **grain)
 
-    configs = {name: config(size) for name, size in group_sizes.items()}
+    configs = {name: config(*given) for name, given in palettes.items()}
     return optimize.palettize_weights(model, optimize.OptimizationConfig(op_name_configs=configs))
 
 
