@@ -242,7 +242,7 @@ def _drawing(job: Job, scratch: Path) -> Drawing:
     tokenizer = load_tokenizer(scratch, length=job.shapes.tokens)
     wiring = job.wiring
     return Drawing(
-        prompts=range_scan.encode_prompts(tokenizer.encode, job.prompt),
+        prompts=range_scan.encode_prompts(tokenizer.encode, range_scan.scan_prompts(job.prompt)),
         negative=tokenizer.encode(""),
         plans=job.plans,
         shapes=job.shapes,

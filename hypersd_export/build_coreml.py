@@ -17,6 +17,7 @@ from hypersd_export.coreml_worker import (
     Conversion,
     Cutting,
     Joining,
+    Measuring,
     Palettizing,
     Playing,
     Task,
@@ -52,6 +53,8 @@ PIPELINE_PORTS: Mapping[str, Ports] = {"pipeline": {"image": Port(name="image", 
 PIECES = ("unet_chunk1.mlpackage", "unet_chunk2.mlpackage")
 """The UNet's packages where it is cut."""
 RESOURCES = "Resources"
+Scales = Mapping[str, Mapping[str, float]]
+"""Powers of two by part of the pipeline and name of a group norm (`graphs.half_safe`), for those that need one."""
 PALETTIZED = (Component.TEXT_ENCODER.value, Component.UNET.value, PIPELINE)
 """What gets palettes; not the VAE, which is small, and the first to show them."""
 
@@ -104,8 +107,10 @@ def coreml_target(workshop: Workshop) -> Built:
         f"Core ML: coremltools {vendor.version()} for {flags.deployment_target}, {flags.layout} layout, "
         f"{flags.attention} attention"
     )
-    stages = {PIPELINE: pipeline_stage(workshop)} if job.spec.single_graph else {
-        component.value: package_stage(workshop, component) for component in job.components
+    scales = norm_scales(workshop) if precision == "fp16" else {}
+    stages = {PIPELINE: pipeline_stage(workshop, scales)} if job.spec.single_graph else {
+        component.value: package_stage(workshop, component, scales.get(component.source, {}))
+        for component in job.components
     }  # fmt: skip
     raw = Packages(flags=flags, stages=stages)
     packages = cut(workshop, palettized(workshop, raw))
@@ -119,7 +124,7 @@ def coreml_target(workshop: Workshop) -> Built:
         target=Target.COREML,
         precision=precision,
         files=files,
-        record=record(job, packages) | extra,
+        record=record(job, packages, scales) | extra,
         artifacts=tuple(
             artifacts(each, precision, published=each is packages)
             for each in ((packages,) if flags.palettize is None else (packages, raw))
@@ -193,7 +198,7 @@ def derived(workshop: Workshop, name: str, source: Stage, task: Task, depends: M
     return workshop.stage(name, depends, build)
 
 
-def record(job: Job, packages: Packages) -> dict[str, Any]:
+def record(job: Job, packages: Packages, scales: Scales) -> dict[str, Any]:
     """What the manifest says: options, each package's figures, and the proof of every fusion."""
     flags, notes = packages.flags, {component: build_notes(stage) for component, stage in packages.stages.items()}
 
@@ -210,6 +215,7 @@ def record(job: Job, packages: Packages) -> dict[str, Any]:
         "attention": flags.attention,
         "compute_units": flags.compute_units,
         "palettize": flags.palettize,
+        "scaled_norms": {part: dict(each) for part, each in scales.items()},
         "components": {c: entry(c) for c in packages.stages},
         "ports": {
             component: {name: port.to_json() for name, port in ports.items()}
@@ -220,7 +226,31 @@ def record(job: Job, packages: Packages) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def package_stage(workshop: Workshop, component: Component) -> Stage:
+def norm_scales(workshop: Workshop) -> Scales:
+    """The scales of the group norms whose squares half cannot hold, which are told."""
+    job = workshop.job
+    asked = Measuring(source=job.request, plans=job.plans, shapes=job.shapes, prompt=job.prompt)
+    depends = {
+        **job.scan_depends({}),
+        "source": job.source.digests,
+        "code": code_digests(("model", "diffusion", "runtime", "verify", "coreml_worker.py")),
+    }
+
+    def build(folder: Path) -> None:
+        workshop.check_loras()
+        apart(workshop, asked, folder, "norms.json")
+
+    stage = workshop.stage("coreml-norms", depends, build)
+    reports = json.loads((stage.path / "norms.json").read_text(encoding="utf-8"))
+    for part, report in reports.items():
+        workshop.clock.reporter.note(
+            f"fp16 {part}: {len(report['scales'])} of {report['norms']} group norms take a smaller input; values lie "
+            f"up to {report['largest']:.3g} from their mean"
+        )
+    return {part: report["scales"] for part, report in reports.items() if report["scales"]}
+
+
+def package_stage(workshop: Workshop, component: Component, scales: Mapping[str, float]) -> Stage:
     """The stage of one component: its package and its config.json."""
     job = workshop.job
     conversion = Conversion(
@@ -232,6 +262,7 @@ def package_stage(workshop: Workshop, component: Component) -> Stage:
         attention=job.spec.coreml.attention if component is Component.UNET else "original",
         layout=job.spec.coreml.layout,
         embedded_guidance=job.embedded_guidance if component is Component.UNET else None,
+        scales=scales,
     )
 
     def build(folder: Path) -> None:
@@ -243,13 +274,14 @@ def package_stage(workshop: Workshop, component: Component) -> Stage:
         "deployment_target": conversion.deployment_target,
         "attention": conversion.attention,
         "layout": conversion.layout,
+        "scales": dict(scales),
         "coremltools": vendor.version(),
         "worker": code_digests(("coreml_worker.py",)),
     }
     return workshop.stage(f"coreml-{component}", depends, build)
 
 
-def pipeline_stage(workshop: Workshop) -> Stage:
+def pipeline_stage(workshop: Workshop, scales: Scales) -> Stage:
     """The stage of the whole pipeline as one package."""
     job = workshop.job
     entry, wiring, flags = job.plans.default, job.wiring, job.spec.coreml
@@ -263,6 +295,7 @@ def pipeline_stage(workshop: Workshop) -> Stage:
         guidance=entry.plan.guidance,
         scaling_factor=wiring.scaling_factor,
         shift_factor=wiring.shift_factor,
+        scales=scales,
     )
 
     def build(folder: Path) -> None:
@@ -272,6 +305,7 @@ def pipeline_stage(workshop: Workshop) -> Stage:
     depends = {
         "parts": [job.component_depends(Target.COREML, component) for component in job.components],
         "wiring": wiring.to_json(),
+        "scales": {part: dict(each) for part, each in scales.items()},
         "deployment_target": flags.deployment_target,
         "attention": flags.attention,
         "coremltools": vendor.version(),

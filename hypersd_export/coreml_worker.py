@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -47,7 +47,8 @@ class Task(Protocol):
 class Conversion:
     """One component, from its weights to a package `COMPONENT.mlpackage` and a `config.json` in a folder.
 
-    deployment_target, attention, layout: see `targets.coreml`; attention is the UNet's.
+    deployment_target, attention, layout: see `targets.coreml`; attention is the UNet's. scales: of its group norms, by
+    their names in the pipeline's component, see `graphs.half_safe`.
     """
 
     source: SourceRequest
@@ -58,6 +59,7 @@ class Conversion:
     attention: str
     layout: str
     embedded_guidance: float | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def what(self) -> str:
@@ -86,12 +88,14 @@ class Conversion:
         from hypersd_export.graphs.apple import as_apple
         from hypersd_export.graphs.attention import use_attention
         from hypersd_export.graphs.components import build_graph, component_config
+        from hypersd_export.graphs.half_safe import scale_norms
         from hypersd_export.targets.coreml import convert
 
         progress(f"loading {self.component}")
         module, fused = open_source(self.source).load(self.component.source, torch.float32)
         config = component_config(self.component, module, self.shapes)
         use_attention(module, self.attention)
+        scale_norms(module, self.scales)
         graph = build_graph(self.component, module, self.shapes, embedded_guidance=self.embedded_guidance)
         graph = as_apple(graph) if self.layout == "apple" else convert.plain(graph)
         progress(f"converting {self.component}")
@@ -105,7 +109,10 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joining:
-    """The whole pipeline as the package `pipeline.mlpackage`, and each part's config.json in a folder of its name."""
+    """The whole pipeline as the package `pipeline.mlpackage`, and each part's config.json in a folder of its name.
+
+    scales: of the group norms, by component of the pipeline (unet, vae).
+    """
 
     source: SourceRequest
     shapes: Shapes
@@ -116,6 +123,7 @@ class Joining:
     guidance: Guidance
     scaling_factor: float
     shift_factor: float
+    scales: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def what(self) -> str:
@@ -145,6 +153,7 @@ class Joining:
 
         from hypersd_export.graphs.attention import use_attention
         from hypersd_export.graphs.components import build_graph, component_config
+        from hypersd_export.graphs.half_safe import scale_norms
         from hypersd_export.graphs.pipeline import pipeline_graph
         from hypersd_export.targets.coreml import convert
 
@@ -159,6 +168,7 @@ class Joining:
             (folder / part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if part is Component.UNET:
                 use_attention(module, self.attention)
+            scale_norms(module, self.scales.get(part.source, {}))
             guidance = embedded if part is Component.UNET else None
             graphs.append(build_graph(part, module, self.shapes, embedded_guidance=guidance))
         joined = pipeline_graph(
@@ -239,27 +249,21 @@ class Cutting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Playing:
-    """How far the plans' pictures are from what Apple's scheduler makes of them, where it only comes near."""
+class _Drawing:
+    """What the tasks that draw pictures by torch are given."""
 
     source: SourceRequest
     plans: PlanFile
     shapes: Shapes
     prompt: str
-    seed: int
-
-    @property
-    def what(self) -> str:
-        """See `Task`."""
-        return "the plans as Apple's scheduler plays them"
 
     def to_json(self) -> dict[str, Any]:
         """See `Task`."""
-        return {"source": self.source.to_json(), "plans": self.plans.to_json(), "shapes": asdict(self.shapes),
-                "prompt": self.prompt, "seed": self.seed}  # fmt: skip
+        return {**{each.name: getattr(self, each.name) for each in fields(self)}, "source": self.source.to_json(),
+                "plans": self.plans.to_json(), "shapes": asdict(self.shapes)}  # fmt: skip
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Playing":
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """See `Task`."""
         read = {
             "source": SourceRequest.from_json(data["source"]),
@@ -267,6 +271,36 @@ class Playing:
             "shapes": Shapes(**data["shapes"]),
         }
         return cls(**{**data, **read})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measuring(_Drawing):
+    """Which group norms of UNet and VAE square what half cannot hold."""
+
+    @property
+    def what(self) -> str:
+        """See `Task`."""
+        return "the range of the group norms"
+
+    def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """See `Task`; `verify.norms.norm_report` by component of the pipeline."""
+        del folder
+        from hypersd_export.verify.norms import norm_report, norm_spreads
+
+        found = norm_spreads(open_source(self.source), self.plans, self.shapes, prompt=self.prompt, progress=progress)
+        return {part: norm_report(spreads) for part, spreads in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Playing(_Drawing):
+    """How far the plans' pictures are from what Apple's scheduler makes of them, where it only comes near."""
+
+    seed: int
+
+    @property
+    def what(self) -> str:
+        """See `Task`."""
+        return "the plans as Apple's scheduler plays them"
 
     def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
         """See `Task`; PSNR in dB by step count."""
@@ -278,7 +312,9 @@ class Playing:
         return {str(steps): db for steps, db in found.items()}
 
 
-TASKS: Mapping[str, type[Task]] = {task.__name__: task for task in (Conversion, Joining, Palettizing, Cutting, Playing)}
+TASKS: Mapping[str, type[Task]] = {
+    task.__name__: task for task in (Conversion, Joining, Palettizing, Cutting, Measuring, Playing)
+}
 
 
 def run_apart(task: Task, folder: Path, *, progress: Progress) -> dict[str, Any]:

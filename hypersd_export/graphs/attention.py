@@ -54,8 +54,11 @@ class SplitEinsum:
 
 
 def _head(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """One head: queries [B, c, 1, q], keys [B, k, 1, c], values [B, c, 1, k] to [B, c, 1, q]."""
-    scores = torch.einsum("bchq,bkhc->bkhq", queries, keys) * scale
+    """One head: queries [B, c, 1, q], keys [B, k, 1, c], values [B, c, 1, k] to [B, c, 1, q].
+
+    The scale goes onto the queries: the products before it can be more than half holds, those after it are scores.
+    """
+    scores = torch.einsum("bchq,bkhc->bkhq", queries * scale, keys)
     return torch.einsum("bkhq,bchk->bchq", scores.softmax(dim=1), values)
 
 

@@ -1,8 +1,6 @@
 """How far a plan's picture is from the one that Apple's scheduler makes where it only comes near: both by torch."""
 
 import gc
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +8,7 @@ from hypersd_export.diffusion import GuidanceKind, PlanFile, initial_noise
 from hypersd_export.diffusion.apple import play, plays_exactly
 from hypersd_export.graphs.spec import Shapes
 from hypersd_export.verify.metrics import psnr, reported
-from hypersd_export.verify.reference import decode, denoise, network, text_states, to_uint8, unscale
+from hypersd_export.verify.reference import decode, denoise, network, prompt_states, to_uint8, unscale
 from hypersd_export.verify.source import Source
 
 
@@ -18,16 +16,8 @@ def psnr_as_played(source: Source, plans: PlanFile, shapes: Shapes, *, prompt: s
     """PSNR in dB of the 8-bit pictures, by step count, for the plans that Apple's scheduler does not play exactly."""
     import torch
 
-    from hypersd_export.runtime.tokenizer import load_tokenizer
-
     near = [entry for entry in plans.entries if not plays_exactly(entry.plan)]
-    with tempfile.TemporaryDirectory() as folder:
-        source.base.write_tokenizer(Path(folder))
-        tokenizer = load_tokenizer(Path(folder), length=shapes.tokens)
-    text_encoder, _ = source.load("text_encoder", torch.float32)
-    cond, uncond = (text_states(text_encoder, tokenizer.encode(text))[0] for text in (prompt, ""))
-    del text_encoder
-    gc.collect()
+    cond, uncond = prompt_states(source, (prompt, ""), shapes.tokens)
     unet, _ = source.load("unet", torch.float32)
     shape = shapes.channels, shapes.latent_height, shapes.latent_width
     noise = initial_noise(seed=seed, index=0, shape=shape)[None]

@@ -15,7 +15,7 @@ onnx_ir and onnxruntime are imported inside.
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -302,12 +302,17 @@ def _mask(value: "onnx_ir.Value | None") -> npt.NDArray[np.bool_] | None:
     return hidden if hidden.any() else None
 
 
-def encode_prompts(encode: Callable[[str], Ids], prompt: str) -> Ids:
-    """Ids [P, S] of the export's own prompt and of `PROMPTS`; those that are too long are cut without a word."""
+def scan_prompts(prompt: str) -> tuple[str, ...]:
+    """What is drawn: the export's own prompt and `PROMPTS`, each once."""
+    return tuple(dict.fromkeys((prompt, *PROMPTS)))
+
+
+def encode_prompts(encode: Callable[[str], Ids], texts: Iterable[str]) -> Ids:
+    """Ids [P, S] of the texts; those that are too long are cut without a word."""
     import warnings
 
     from hypersd_export.runtime.tokenizer import PromptTruncated
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptTruncated)
-        return np.concatenate([encode(text) for text in dict.fromkeys((prompt, *PROMPTS))])
+        return np.concatenate([encode(text) for text in texts])

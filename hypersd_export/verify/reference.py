@@ -3,7 +3,10 @@
 Deliberately not through `hypersd_export.graphs`: a wrapper that forgot `post_quant_conv` would agree with itself.
 """
 
-from collections.abc import Callable
+import gc
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,8 @@ import torch
 
 from hypersd_export.diffusion import Guidance, GuidanceKind, StepTable, initial_noise, run, step_noise
 from hypersd_export.graphs.components import guidance_embedding
+from hypersd_export.verify.range_scan import encode_prompts
+from hypersd_export.verify.source import Source
 
 Float = npt.NDArray[np.float32]
 
@@ -21,6 +26,21 @@ def text_states(text_encoder: Any, ids: npt.NDArray[np.int64]) -> tuple[Float, F
     """Ids int64 [B, S] to the states [B, S, C] and the pooled state [B, C]."""
     out = text_encoder(torch.from_numpy(ids))
     return out.last_hidden_state.float().numpy(), out.pooler_output.float().numpy()
+
+
+def prompt_states(source: Source, texts: Iterable[str], tokens: int) -> list[Float]:
+    """The states [1, S, C] of each text, S = `tokens`, by the source's own tokenizer and text encoder, which is given
+    back; texts that are too long are cut."""
+    from hypersd_export.runtime.tokenizer import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        source.base.write_tokenizer(Path(folder))
+        ids = encode_prompts(load_tokenizer(Path(folder), length=tokens).encode, texts)
+    text_encoder, _ = source.load("text_encoder", torch.float32)
+    states = [text_states(text_encoder, row[None])[0] for row in ids]
+    del text_encoder
+    gc.collect()
+    return states
 
 
 @torch.no_grad()
