@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hypersd_export.cli import one_line_errors
+from hypersd_export.console import one_line_errors
 from hypersd_export.errors import OptionError, tolerate_any_text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)

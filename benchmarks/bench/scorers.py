@@ -1,6 +1,6 @@
 """Reward models as figures: the scores that `hypersd-train feedback` climbs, read as means over pictures.
 
-    --reward KIND[=MODEL[,TOKENIZER]]    such as pick_score=FOLDER, hps=HPS_v2.1.safetensors,FOLDER, aesthetic=FOLDER
+    --reward KIND[=MODEL[,TOKENIZER[,pickle]]]    pick_score=FOLDER, hps=HPS_v2.1.safetensors,FOLDER, aesthetic=FOLDER
 
 KIND is one of `trainer.rewards.registry.Kind`; clip and preference have the built-in models' by default. A reward that
 a student was trained with says nothing about that student.
@@ -19,6 +19,8 @@ from benchmarks.bench.eyes import AT_ONCE, Pixels, to_signed
 from hypersd_export.bundle.digest import digest_tree, sha256_file
 from hypersd_export.errors import OptionError
 from trainer.rewards.registry import Kind, RewardConfig, open_rewards
+
+PICKLE = "pickle"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +46,14 @@ def open_scorers(texts: Sequence[str]) -> list[Scorer]:
 
 
 def parse(text: str) -> RewardConfig:
-    """KIND[=MODEL[,TOKENIZER]]."""
+    """KIND[=MODEL[,TOKENIZER[,pickle]]]; the last allows a checkpoint that is a pickle, as ImageReward's is."""
     kind, _, rest = text.partition("=")
-    model, _, tokenizer = rest.partition(",")
+    model, tokenizer, pickle, *_ = (*rest.split(","), "", "")
     if kind not in list(Kind):
         raise OptionError(f"--reward {text}: choose from {', '.join(Kind)}, with =MODEL behind it")
-    return RewardConfig(kind=Kind(kind), model=model, tokenizer=tokenizer)
+    if rest.count(",") > 2 or pickle not in ("", PICKLE):
+        raise OptionError(f"--reward {text}: write KIND=MODEL,TOKENIZER, and ,{PICKLE} for a pickle that you trust")
+    return RewardConfig(kind=Kind(kind), model=model, tokenizer=tokenizer, allow_pickle=pickle == PICKLE)
 
 
 def metric_of(kind: Kind) -> str:

@@ -36,6 +36,11 @@ def fetch_component(
     return _snapshot(hub_id, revision, patterns)
 
 
+def fetch_files(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The files of a repository whose paths match; its folder in the hub's cache."""
+    return _snapshot(hub_id, revision, patterns)
+
+
 def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     try:
         import huggingface_hub

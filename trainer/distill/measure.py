@@ -136,8 +136,8 @@ class Rehearsal:
     ) -> None:  # fmt: skip
         self.config = config
         with torch.device("meta"):
-            self.unet = _made("UNet2DConditionModel", unet_config, dtype)
-            self.vae = None if vae_config is None else _made("AutoencoderKL", vae_config, torch.float32)
+            self.unet = empty_model("UNet2DConditionModel", unet_config, dtype)
+            self.vae = None if vae_config is None else empty_model("AutoencoderKL", vae_config)
             # its adapters are made of meta tensors only here, so nothing is drawn
             self.networks = Networks.build(
                 self.unet, config.lora, alphas_cumprod=torch.ones(1, dtype=torch.float64, device="cpu"),
@@ -218,12 +218,13 @@ class Rehearsal:
         )
 
 
-def _made(name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """A diffusers model of this class and config."""
+def empty_model(name: str, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers model of this class and config on torch's meta device."""
     import diffusers
 
     known = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key[0] != "_"}
-    model = getattr(diffusers, name)(**known)
+    with torch.device("meta"):
+        model = getattr(diffusers, name)(**known)
     return nn.Module.to(model, dtype)  # diffusers' own `to` warns of parts that a UNet does not have
 
 
