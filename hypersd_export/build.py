@@ -84,15 +84,15 @@ class Artifacts:
     keys: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     ports: Mapping[str, Ports] = field(default_factory=dict)
-    bits: int | None = None
-    """Of the palettes that stand for the weights, for packages that have such."""
+    compression: str | None = None
+    """How the weights of packages are stored that are compressed: such as 6bit, int8 or mixed."""
 
     @property
     def label(self) -> str:
         """What tells them from others of the same export."""
         if self.target is Target.ONNX:
             return self.precision
-        return self.target.value if self.bits is None else f"{self.target}-{self.bits}bit"
+        return self.target.value if self.compression is None else f"{self.target}-{self.compression}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,8 +297,8 @@ def tensorrt_target(workshop: Workshop) -> Built:
 
 
 def coreml_target(workshop: Workshop) -> Built:
-    """Core ML: see `hypersd_export.build_coreml`."""
-    from hypersd_export.build_coreml import coreml_target as build
+    """Core ML: see `hypersd_export.coreml_target`."""
+    from hypersd_export.coreml_target import coreml_target as build
 
     return build(workshop)
 

@@ -1,4 +1,4 @@
-"""The Core ML target: a package of each component, each a stage of its own in the cache."""
+"""Core ML packages as stages of the cache: converted, cut in two, and what Apple's runtime needs beside them."""
 
 import json
 import shutil
@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hypersd_export.build import Artifacts, Built, Workshop, build_notes
+from hypersd_export.build import Workshop, build_notes
 from hypersd_export.bundle.apple_note import resources_note
 from hypersd_export.bundle.cache import Stage
-from hypersd_export.bundle.digest import digest_tree
 from hypersd_export.bundle.packages import PIPELINE
 from hypersd_export.coreml_worker import (
     PIPELINE_FILE,
@@ -18,14 +17,13 @@ from hypersd_export.coreml_worker import (
     Cutting,
     Joining,
     Measuring,
-    Palettizing,
     Playing,
     Task,
     run_apart,
 )
 from hypersd_export.diffusion.apple import plays_exactly
 from hypersd_export.graphs.spec import Component
-from hypersd_export.job import GOLDEN_SEED, Job, code_digests
+from hypersd_export.job import GOLDEN_SEED, code_digests
 from hypersd_export.runtime.ports import Port, Ports
 from hypersd_export.spec import CoreMLFlags
 from hypersd_export.targets import Target
@@ -55,8 +53,6 @@ PIECES = ("unet_chunk1.mlpackage", "unet_chunk2.mlpackage")
 RESOURCES = "Resources"
 Scales = Mapping[str, Mapping[str, float]]
 """Powers of two by part of the pipeline and name of a group norm (`graphs.half_safe`), for those that need one."""
-PALETTIZED = (Component.TEXT_ENCODER.value, Component.UNET.value, PIPELINE)
-"""What gets palettes; not the VAE, which is small, and the first to show them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,79 +95,6 @@ class Packages:
         return found
 
 
-def coreml_target(workshop: Workshop) -> Built:
-    """Packages of the components, the configs beside them; with Apple's layout its Resources folder too."""
-    job = workshop.job
-    flags, precision = job.spec.coreml, job.spec.precision_of(Target.COREML)
-    workshop.clock.reporter.note(
-        f"Core ML: coremltools {vendor.version()} for {flags.deployment_target}, {flags.layout} layout, "
-        f"{flags.attention} attention"
-    )
-    scales = norm_scales(workshop) if precision == "fp16" else {}
-    stages = {PIPELINE: pipeline_stage(workshop, scales)} if job.spec.single_graph else {
-        component.value: package_stage(workshop, component, scales.get(component.source, {}))
-        for component in job.components
-    }  # fmt: skip
-    raw = Packages(flags=flags, stages=stages)
-    packages = cut(workshop, palettized(workshop, raw))
-    files, extra = packages.files(), {}
-    if flags.layout == "apple":
-        plays = played(workshop)
-        resources = resources_stage(workshop, packages, plays)
-        files |= {f"{RESOURCES}/{path.name}": path for path in sorted(resources.path.iterdir())}
-        extra = {"played_by_apple": {str(steps): "exact" if db is None else db for steps, db in plays.items()}}
-    return Built(
-        target=Target.COREML,
-        precision=precision,
-        files=files,
-        record=record(job, packages, scales) | extra,
-        artifacts=tuple(
-            artifacts(each, precision, published=each is packages)
-            for each in ((packages,) if flags.palettize is None else (packages, raw))
-        ),
-    )
-
-
-def artifacts(packages: Packages, precision: str, *, published: bool) -> Artifacts:
-    """As what is held against torch. Packages with palettes differ from it on purpose, so that those without, which
-    they were made from, are held against it too."""
-    bits = packages.flags.palettize if published else None
-    return Artifacts(
-        target=Target.COREML,
-        precision=precision,
-        published=published,
-        components={Component(name): stage.path for name, stage in packages.stages.items() if name != PIPELINE},
-        whole=packages.stages[PIPELINE].path / PIPELINE_FILE if PIPELINE in packages.stages else None,
-        keys={name: stage.key for name, stage in packages.stages.items()},
-        files=packages.files(),
-        ports=packages.ports,
-        bits=bits,
-    )
-
-
-def palettized(workshop: Workshop, packages: Packages) -> Packages:
-    """The packages with palettes in UNet and text encoder, a stage each; themselves where none are asked for."""
-    flags = packages.flags
-    if flags.palettize is None:
-        return packages
-
-    def stage(component: str, raw: Stage) -> Stage:
-        task = Palettizing(
-            source=raw.path, name=f"{component}.mlpackage", bits=int(flags.palettize or 0),
-            deployment_target=flags.deployment_target,
-        )  # fmt: skip
-        depends = {
-            "package": raw.key,
-            "bits": task.bits,
-            "coremltools": vendor.version(),
-            "code": code_digests(("targets/coreml", "coreml_worker.py")),
-        }
-        return derived(workshop, f"coreml-{component}-{task.bits}bit", raw, task, depends)
-
-    stages = {c: stage(c, raw) if c in PALETTIZED else raw for c, raw in packages.stages.items()}
-    return Packages(flags=flags, stages=stages)
-
-
 def cut(workshop: Workshop, packages: Packages) -> Packages:
     """The packages with the UNet in two pieces, if that is asked for."""
     if not packages.flags.chunk_unet:
@@ -196,34 +119,6 @@ def derived(workshop: Workshop, name: str, source: Stage, task: Task, depends: M
         (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
 
     return workshop.stage(name, depends, build)
-
-
-def record(job: Job, packages: Packages, scales: Scales) -> dict[str, Any]:
-    """What the manifest says: options, each package's figures, and the proof of every fusion."""
-    flags, notes = packages.flags, {component: build_notes(stage) for component, stage in packages.stages.items()}
-
-    def entry(name: str) -> dict[str, Any]:
-        files = packages.names[name]
-        digests = [digest_tree(packages.stages[name].path / file) for file in files]
-        return {"packages": list(files.values()), "digests": digests, **notes[name]["built"]}
-
-    return {
-        "precision": job.spec.precision_of(Target.COREML),
-        "coremltools": vendor.version(),
-        "deployment_target": flags.deployment_target,
-        "layout": flags.layout,
-        "attention": flags.attention,
-        "compute_units": flags.compute_units,
-        "palettize": flags.palettize,
-        "scaled_norms": {part: dict(each) for part, each in scales.items()},
-        "components": {c: entry(c) for c in packages.stages},
-        "ports": {
-            component: {name: port.to_json() for name, port in ports.items()}
-            for component, ports in packages.ports.items()
-        },
-        "fused": [report for component, note in notes.items() if component != Component.VAE_ENCODER
-                  for report in note["fused"]],
-    }  # fmt: skip
 
 
 def norm_scales(workshop: Workshop) -> Scales:

@@ -4,24 +4,20 @@ Nothing heavy is imported at module level: `--help` must not wait for torch.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hypersd_export.errors import BundleError, DestinationError, HypersdError, tolerate_any_text
+from hypersd_export.console import Progress, one_line_errors
+from hypersd_export.errors import BundleError, tolerate_any_text
 
 if TYPE_CHECKING:
-    from hypersd_export.clock import StageRecord
     from hypersd_export.spec import ExportSpec
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 cache_app = typer.Typer(help="The finished stages that are kept for the next export.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
-
-INTERRUPTED = 130
 
 CacheDir = Annotated[Path | None, typer.Option(help="Where finished stages are kept (default: the XDG cache).")]
 Bundle = Annotated[Path, typer.Argument(help="A folder that hypersd-export wrote.")]
@@ -70,6 +66,13 @@ def export_command(
         str, typer.Option(help="Of Core ML's UNet: original, split-einsum or split-einsum-v2.")
     ] = "original",
     palettize: Annotated[int | None, typer.Option(help="Bits a weight of Core ML packages: 8, 6, 4, 3 or 2.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Weights of Core ML packages as integers: int8, from iOS18 on int4.")
+    ] = None,
+    size_budget: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Palettes with bits by layer, in this share of the UNet package's size."),
+    ] = None,
     chunk_unet: Annotated[bool, typer.Option("--chunk-unet", help="Core ML's UNet as two packages.")] = False,
     compute_units: Annotated[
         str, typer.Option(help="What Core ML may use: all, cpu-only, cpu-and-gpu or cpu-and-ne.")
@@ -134,6 +137,8 @@ def export_command(
                 deployment_target=deployment_target,
                 attention=attention,
                 palettize=palettize,
+                quantize=quantize,
+                size_budget=size_budget,
                 chunk_unet=chunk_unet,
                 compute_units=compute_units,
                 layout=layout,
@@ -179,52 +184,6 @@ def _export(spec: "ExportSpec") -> None:
     parity = exported.manifest.parity
     progress.note(f"parity with torch: {_parity_line(parity)}")
     typer.echo(str(exported.path))
-
-
-class Progress:
-    """Stages on standard error: a spinner where there is a terminal, one line a stage in any case."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False)
-        self.status = self.console.status("")
-        self.stage = ""
-
-    def __enter__(self) -> "Progress":
-        self.status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.status.stop()
-
-    def note(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def begin(self, stage: str) -> None:
-        """Show the stage's name beside the spinner."""
-        self.stage = stage
-        self.status.update(f"[bold]{stage}[/]")
-
-    def detail(self, text: str) -> None:
-        """Show what the stage is at."""
-        from rich.markup import escape
-
-        self.status.update(f"[bold]{self.stage}[/] {escape(text)}")
-
-    def end(self, record: "StageRecord") -> None:
-        """Print what the stage took."""
-        cached = " (cached)" if record.cached else ""
-        self.note(f"{record.name:<20} {record.seconds:7.1f} s {record.peak_mb:8,.0f} MB{cached}")
-
-    def table(self, records: "tuple[StageRecord, ...]") -> None:
-        """Print the sums: the export proper, and the verification apart."""
-        from hypersd_export.export import VERIFY
-
-        own = [record for record in records if not record.name.startswith(VERIFY)]
-        seconds, peak = sum(record.seconds for record in own), max(record.peak_mb for record in own)
-        self.note(f"{'export in all':<20} {seconds:7.1f} s {peak:8,.0f} MB, verification apart")
 
 
 @app.command()
@@ -361,29 +320,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"cannot read {path} ({str(error)[:80]}): export the bundle again") from error
-
-
-@contextmanager
-def one_line_errors(out: Path | None = None, cache_dir: Path | None = None) -> Iterator[None]:
-    """What a user can cause becomes one line on standard error: exit code 1, or 130 for Ctrl-C."""
-    try:
-        yield
-    except HypersdError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        kept = "" if out is None else f"; {out} was not touched, finished stages are kept for the next run"
-        _fail(f"interrupted{kept}", INTERRUPTED)
-    except OSError as error:
-        from hypersd_export.bundle.disk import disk_full, is_disk_full, reason
-
-        if is_disk_full(error):
-            _fail(str(disk_full(out or cache_dir or Path(), "free some, or choose another --out or --cache-dir")), 1)
-        _fail(str(DestinationError(f"{error.filename or 'the system'}: {reason(error)}")), 1)
-
-
-def _fail(message: str, code: int) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    raise typer.Exit(code)
 
 
 def main() -> None:

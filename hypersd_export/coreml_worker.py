@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from hypersd_export.coreml_compress import Compressing, Mixing, Rating
 from hypersd_export.diffusion import Guidance, GuidanceKind, PlanFile, StepTable
 from hypersd_export.errors import BuildError
 from hypersd_export.graphs.spec import Component, Shapes
@@ -184,39 +185,6 @@ class Joining:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Palettizing:
-    """A package `name` of the folder `source` with palettes of so many bits, as `name` in another folder."""
-
-    source: Path
-    name: str
-    bits: int
-    deployment_target: str
-
-    @property
-    def what(self) -> str:
-        """See `Task`."""
-        return f"the palettes of {self.name}"
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Task`."""
-        return {**asdict(self), "source": str(self.source)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Palettizing":
-        """See `Task`."""
-        return cls(**{**data, "source": Path(data["source"])})
-
-    def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
-        """See `Task`; the package's figures."""
-        from hypersd_export.targets.coreml import palettize
-
-        progress(f"palettes of {self.bits} bits for {self.name}")
-        return palettize.build(
-            self.source / self.name, folder / self.name, bits=self.bits, deployment_target=self.deployment_target
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Cutting:
     """A package `name` of the folder `source` as two of these names in another folder."""
 
@@ -313,7 +281,7 @@ class Playing(_Drawing):
 
 
 TASKS: Mapping[str, type[Task]] = {
-    task.__name__: task for task in (Conversion, Joining, Palettizing, Cutting, Measuring, Playing)
+    task.__name__: task for task in (Conversion, Joining, Compressing, Rating, Mixing, Cutting, Measuring, Playing)
 }
 
 

@@ -43,7 +43,7 @@ def verify(job: Job, built: Sequence[Built], bundle: Path, clock: Clock, *, isol
         if number == 0:
             shutil.copytree(golden, bundle / "golden")
         parity |= {name if number == 0 else f"{name} {artifacts.label}": value for name, value in figures.items()}
-        if artifacts.bits is not None:
+        if artifacts.compression is not None:
             _lower_bound(bundle / "golden" / "golden.json", figures)
     return parity or NOT_VERIFIED
 
@@ -100,7 +100,7 @@ def verify_one(
                 golden_db=golden_db,
                 target=Target.COREML if artifacts.target is Target.COREML else Target.ONNX,
                 ports=artifacts.ports,
-                lossy=artifacts.bits is not None,
+                lossy=artifacts.compression is not None,
             )
             parity = run_verification(request, progress=clock.reporter.detail, isolate=isolate)
         (folder / "parity.json").write_text(json.dumps(parity), encoding="utf-8")

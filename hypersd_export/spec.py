@@ -46,16 +46,29 @@ class EngineFlags:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CoreMLFlags:
-    """The options of Core ML packages; see `targets.coreml` for the choices. `palettize` is bits a weight, None for no
-    palettes; `approximate` lets Apple's runtime play a schedule that is only near the plan's."""
+    """The options of Core ML packages; see `targets.coreml` for the choices.
+
+    At most one of `palettize` (bits a weight), `quantize` (integers) and `size_budget` (palettes of mixed widths; a
+    share of the UNet package's bytes) is given. `approximate` lets Apple's runtime play a schedule that is only near
+    the plan's.
+    """
 
     deployment_target: str = "iOS17"
     attention: str = "original"
     palettize: int | None = None
+    quantize: str | None = None
+    size_budget: float | None = None
     chunk_unet: bool = False
     compute_units: str = "all"
     layout: str = "plain"
     approximate: bool = False
+
+    @property
+    def compression(self) -> str | None:
+        """How the weights are stored, in a word: such as 6bit, int8 or mixed; None for as they are."""
+        if self.size_budget is not None:
+            return "mixed"
+        return self.quantize if self.palettize is None else f"{self.palettize}bit"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +129,9 @@ class ExportSpec:
             _check_coreml(self)
         elif self.coreml != CoreMLFlags():
             raise OptionError(
-                "--deployment-target, --attention, --palettize, --chunk-unet, --compute-units, --layout and "
-                "--allow-approximate-schedule are about --target coreml: add it, or leave them away"
+                "--deployment-target, --attention, --palettize, --quantize, --size-budget, --chunk-unet, "
+                "--compute-units, --layout and --allow-approximate-schedule are about --target coreml: add it, or "
+                "leave them away"
             )
         for target in self.targets:
             precision_of(target, self.precision)
@@ -142,7 +156,8 @@ def _check_coreml(spec: ExportSpec) -> None:
     flags = spec.coreml
     coreml.check_options(
         deployment_target=flags.deployment_target, attention=flags.attention, palettize=flags.palettize,
-        chunk_unet=flags.chunk_unet, compute_units=flags.compute_units, layout=flags.layout,
+        quantize=flags.quantize, size_budget=flags.size_budget, chunk_unet=flags.chunk_unet,
+        compute_units=flags.compute_units, layout=flags.layout,
         single_graph=spec.single_graph, batch=spec.batch,
     )  # fmt: skip
     if flags.approximate and flags.layout != "apple":

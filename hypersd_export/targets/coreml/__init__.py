@@ -1,7 +1,7 @@
 """Core ML: packages (`.mlpackage`) of ML programs, converted on any machine; running them needs a Mac or an iPhone.
 
-`convert` turns a graph into a package, `palettize` and `chunk` a package into another one; `vendor` is the only file
-that imports coremltools. This module names what can be asked for, and imports nothing heavy.
+`convert` turns a graph into a package; `palettize`, `quantize` and `chunk` make another one of a package; `vendor` is
+the only file that imports coremltools. This module names what can be asked for, and imports nothing heavy.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ SINGLE_GRAPH_GENERATION = 17
 
 
 def check_options(
-    *, deployment_target: str, attention: str, palettize: int | None, chunk_unet: bool, compute_units: str,
-    layout: str, single_graph: bool, batch: int,
+    *, deployment_target: str, attention: str, palettize: int | None, quantize: str | None, size_budget: float | None,
+    chunk_unet: bool, compute_units: str, layout: str, single_graph: bool, batch: int,
 ) -> None:  # fmt: skip
     """Refuse, before anything is loaded, what can be refused without knowing the model. Raises `OptionError`."""
     _check_choice("--deployment-target", deployment_target, tuple(GENERATIONS))
@@ -34,23 +34,48 @@ def check_options(
     _check_choice("--compute-units", compute_units, COMPUTE_UNITS)
     _check_choice("--layout", layout, LAYOUTS)
     generation = GENERATIONS[deployment_target]
+    _check_compression(deployment_target, palettize, quantize, size_budget)
+    if single_graph:
+        if generation < SINGLE_GRAPH_GENERATION:
+            raise OptionError(
+                f"--single-graph with --deployment-target {deployment_target}: it needs iOS17 or macOS14, or later"
+            )
+        for asked, option in (
+            (chunk_unet, "--chunk-unet"), (layout == "apple", "--layout apple"),
+            (size_budget is not None, "--size-budget"),
+        ):  # fmt: skip
+            if asked:
+                raise OptionError(f"--single-graph with {option}: that is about a package of the UNet alone; give one")
+    if batch != 1 and (single_graph or layout == "apple"):
+        which = "--single-graph to Core ML" if single_graph else "--layout apple"
+        raise OptionError(f"--batch {batch} with {which}: such packages make one picture in a call; leave it out")
+
+
+def _check_compression(
+    deployment_target: str, palettize: int | None, quantize: str | None, size_budget: float | None
+) -> None:
+    generation = GENERATIONS[deployment_target]
+    said = [
+        f"{option} {value}"
+        for option, value in (("--palettize", palettize), ("--quantize", quantize), ("--size-budget", size_budget))
+        if value is not None
+    ]
+    if len(said) > 1:
+        raise OptionError(f"{said[0]} with {said[1]}: weights are stored in one of these ways; give one")
     if palettize is not None:
         stored = [bits for bits, first in PALETTES.items() if generation >= first]
         if palettize not in stored:
             later = " (iOS18 and macOS15 store 3 too)" if palettize in PALETTES else ""
             listed = ", ".join(map(str, stored))
             raise OptionError(f"--palettize {palettize}: {deployment_target} stores {listed} bits a weight{later}")
-    if single_graph:
-        if generation < SINGLE_GRAPH_GENERATION:
-            raise OptionError(
-                f"--single-graph with --deployment-target {deployment_target}: it needs iOS17 or macOS14, or later"
-            )
-        for asked, option in ((chunk_unet, "--chunk-unet"), (layout == "apple", "--layout apple")):
-            if asked:
-                raise OptionError(f"--single-graph with {option}: that is about a package of the UNet alone; give one")
-    if batch != 1 and (single_graph or layout == "apple"):
-        which = "--single-graph to Core ML" if single_graph else "--layout apple"
-        raise OptionError(f"--batch {batch} with {which}: such packages make one picture in a call; leave it out")
+    if quantize is not None:
+        _check_choice("--quantize", quantize, tuple(QUANTIZED))
+        if generation < QUANTIZED[quantize]:
+            raise OptionError(f"--quantize {quantize}: {deployment_target} stores int8 (iOS18 and macOS15 int4 too)")
+    if size_budget is not None and not 0 < size_budget < 1:
+        raise OptionError(
+            f"--size-budget {size_budget:g}: a share of the UNet package's size between 0 and 1, such as 0.3"
+        )
 
 
 def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
