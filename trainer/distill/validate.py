@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hypersd_export.diffusion import FewStepPlan, GuidanceKind, initial_noise, run, step_noise
+from hypersd_export.diffusion import FewStepPlan, GuidanceKind, initial_noise, run, start_sample, step_noise
 from hypersd_export.errors import OptionError, PlanError
 from hypersd_export.model.base import BUILTIN
 from trainer.base import TrainingBase
@@ -46,11 +46,13 @@ class Validation:
 def sample(
     networks: Networks, plan: FewStepPlan, conditioning: Conditioning, seeds: Sequence[int],
     shape: tuple[int, int, int], *, empty: Conditioning | None = None, role: Role = Role.STUDENT,
+    latents: torch.Tensor | None = None, start: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """Latents float32 [N, C, h, w] by the plan's table, one per row of `conditioning` and seed; `shape` is (C, h, w).
 
-    A plan with guidance needs `empty` (1 row). `PlanError` for embedded guidance, which these networks have no input
-    for, and for a plan of another prediction type.
+    latents: of pictures to begin from, noised to row `start`, in place of noise alone. A plan with guidance needs
+    `empty` (1 row). `PlanError` for embedded guidance, which these networks have no input for, and for a plan of
+    another prediction type.
     """
     guidance, device = plan.guidance, networks.unet.device
     if guidance.kind is GuidanceKind.EMBEDDED or (guidance.kind is GuidanceKind.CFG and empty is None):
@@ -69,9 +71,12 @@ def sample(
 
     table = plan.table()
     noise = np.stack([initial_noise(seed=seed, index=0, shape=shape) for seed in seeds])
-    start = np.float32(table.init_noise_sigma) * noise
-    latents: torch.Tensor = run(table, net, torch.from_numpy(start).to(device), step_noise=fresh)
-    return latents
+    if latents is None:
+        x = torch.from_numpy(np.float32(table.init_noise_sigma) * noise).to(device)
+    else:
+        x = start_sample(table, start=start, latents=latents, noise=torch.from_numpy(noise).to(device))
+    made: torch.Tensor = run(table, net, x, step_noise=fresh, start=start)
+    return made
 
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -87,14 +92,17 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 def draw_pictures(
     networks: Networks, vae: Any, plan: FewStepPlan, text: Conditioning, shape: tuple[int, int, int], *,
     first_seed: int, empty: Conditioning, role: Role = Role.STUDENT, batch: int = 8,
+    latents: torch.Tensor | None = None, start: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """float32 [N, 3, H, W] in [-1, 1], one per row of `text`, `batch` at once; row i starts from the noise of seed
-    `first_seed` + i."""
+    `first_seed` + i, or from row i of `latents` noised to the plan's row `start`."""
     done = []
-    for start in range(0, len(text), batch):
-        part = text.rows(slice(start, start + batch))
-        seeds = range(first_seed + start, first_seed + start + len(part))
-        done.append(decode(vae, sample(networks, plan, part, seeds, shape, empty=empty, role=role)))
+    for first in range(0, len(text), batch):
+        rows = slice(first, first + batch)
+        part, given = text.rows(rows), None if latents is None else latents[rows]
+        seeds = range(first_seed + first, first_seed + first + len(part))
+        drawn = sample(networks, plan, part, seeds, shape, empty=empty, role=role, latents=given, start=start)
+        done.append(decode(vae, drawn))
     return torch.cat(done)
 
 

@@ -86,13 +86,27 @@ class SceneRenderer:
 
     def __call__(self, spec: SceneSpec, generator: torch.Generator) -> torch.Tensor:
         """Pictures in [-1, 1]: float32 [B, 3, size_px, size_px]."""
-        sprites = self._sprites[spec.concept * len(STYLES) + spec.style]
-        theta = _affine(len(sprites), self.placement, generator)
+        return over(self.place(spec.concept, spec.style, generator), self.backdrop(spec.background)) * 2 - 1
+
+    def place(
+        self, concept: torch.Tensor, style: torch.Tensor, generator: torch.Generator, ranges: Placement | None = None
+    ) -> torch.Tensor:
+        """Each drawing where the generator puts it, within `ranges` (the renderer's own if None): premultiplied RGBA
+        in [0, 1], float32 [B, 4, size_px, size_px]."""
+        sprites = self._sprites[concept * len(STYLES) + style]
+        theta = _affine(len(sprites), ranges or self.placement, generator)
         edge = 2 * self.size_px
         grid = F.affine_grid(theta, [len(sprites), 4, edge, edge], align_corners=False)
-        placed = F.avg_pool2d(F.grid_sample(sprites, grid, align_corners=False), 2)
-        backdrop = self._colours[spec.background][:, :, None, None]
-        return (placed[:, :3] + (1 - placed[:, 3:]) * backdrop) * 2 - 1
+        return F.avg_pool2d(F.grid_sample(sprites, grid, align_corners=False), 2)
+
+    def backdrop(self, background: torch.Tensor) -> torch.Tensor:
+        """The colours of these backgrounds in [0, 1]: float32 [B, 3, 1, 1]."""
+        return self._colours[background][:, :, None, None]
+
+
+def over(layer: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """A layer of premultiplied RGBA [B, 4, H, W] over pictures [B, 3, H or 1, W or 1], all in [0, 1]."""
+    return layer[:, :3] + (1 - layer[:, 3:]) * below
 
 
 def _affine(count: int, ranges: Placement, generator: torch.Generator) -> torch.Tensor:
