@@ -50,14 +50,13 @@ def test_the_masks_fit_the_picture():
     rgba[..., 0] = (2 * np.arange(102))[:, None, None, None]
     rgba[..., 1:3] = 7
     renderer = SceneRenderer(Drawings(rgba), 32)
-    canvases, whole = drawn(renderer, 3), 0
+    canvases, right = drawn(renderer, 3), []
     for picture, known in zip((canvases.pictures / 2 + 0.5) * 255, canvases.truth, strict=True):
         for mask, number in zip(known.masks, known.classes.tolist(), strict=True):
             inner = -torch.nn.functional.max_pool2d(-mask[None].float(), 5, 1, 2)[0] > 0
-            right = ((picture[0][inner] - 2 * number).abs() < 0.5) & ((picture[1][inner] - 7).abs() < 0.5)
-            assert float(right.float().mean()) > 0.9 or len(right) < 10  # the tip of a corner is no mask
-            whole += int(right.sum())
-    assert whole > 40 * 80
+            right.append(((picture[0][inner] - 2 * number).abs() < 0.5) & ((picture[1][inner] - 7).abs() < 0.5))
+    assert len(torch.cat(right)) > 40 * 80
+    assert float(torch.cat(right).float().mean()) > 0.98  # the tip of a corner mixes in and is no mask
 
 
 def test_only_what_is_allowed_on_the_background_is_drawn(renderer):
