@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hypersd_export import build_coreml, coreml_worker
+from hypersd_export import build_coreml, coreml_mixed, coreml_worker
 from hypersd_export.bundle.digest import digest_tree
 from hypersd_export.bundle.manifest import NOT_VERIFIED, verify_files
 from hypersd_export.diffusion import PlanFile
@@ -220,6 +220,37 @@ def test_palettes_are_held_against_torch_and_told(coreml_spec, done, tmp_path, m
     bounds = [json.loads((each.path / "golden/golden.json").read_text())["min_psnr_db"] for each in (done, small)]
     assert bounds == [35.0, pytest.approx(parity["image"]["psnr_db"] - 3, abs=0.1)]
     assert interpreted(small).golden().passed
+
+
+def test_mixed_palettes_within_a_budget(coreml_spec, done, tmp_path, monkeypatch):
+    tasks = []
+
+    def run_apart(task, folder, *, progress):
+        tasks.append(task)
+        assert coreml_worker.TASKS[type(task).__name__].from_json(json.loads(json.dumps(task.to_json()))) == task
+        return task.run(folder, progress)
+
+    monkeypatch.setattr(build_coreml, "run_apart", run_apart)
+    monkeypatch.setattr(coreml_mixed, "EACH_LAYER", 0)
+    whole = done.manifest.targets["coreml"]["components"]
+    flags = CoreMLFlags(size_budget=0.75)
+    mixed = export(replace(coreml_spec, coreml=flags, out=tmp_path / "mixed", verify=False), isolate=False)
+    record = mixed.manifest.targets["coreml"]
+    unet, text = (record["components"][name]["palettes"] for name in ("unet", "text_encoder"))
+    assert (record["size_budget"], unet["budget"], unet["by"], text["bits"]) == (0.75, 0.75, "block", 8)
+    assert record["components"]["unet"]["bytes"] <= 0.75 * whole["unet"]["bytes"]
+    assert 10 < unet["measured_db"] < 60
+    assert psnr(*(np.asarray(interpreted(each)("a cat", seed=3, steps=2).images[0]) for each in (mixed, done))) > 15
+    assert [type(task).__name__ for task in tasks] == ["Compressing", "Rating", "Mixing"]
+
+
+def test_integers_are_made_by_the_same_task(done, tmp_path):
+    source = packages(done)["text_encoder"]
+    task = coreml_worker.Compressing(source=source.parent, name=source.name, form="int8", deployment_target="iOS17")
+    built = task.run(tmp_path, lambda _: None)
+    assert built["integers"]["form"] == "int8"
+    assert built["bytes_before"] == done.manifest.targets["coreml"]["components"]["text_encoder"]["bytes"]
+    assert CoreMLFlags(quantize="int8").compression == "int8"
 
 
 def test_a_unet_in_two_packages(coreml_spec, done, tmp_path, monkeypatch):
