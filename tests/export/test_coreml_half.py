@@ -158,6 +158,7 @@ def test_a_loud_unet_is_exported_with_scales_and_fails_without(tiny_spec, loud_u
     assert [task.what for task in asked] == ["the package of unet", "the pieces of unet.mlpackage"]
 
 
+@pytest.mark.slow
 def test_a_loud_single_graph(tiny_spec, loud_unet, tmp_path, monkeypatch, in_process):
     in_this_process(monkeypatch)
     plan = replace(tiny_spec.plan, steps=(1,))
