@@ -30,8 +30,8 @@ from trainer.merge import Merged, merge
 TSCD = "tscd"
 PARTS = (TSCD, FEEDBACK, SCORE)
 MERGED, UNIFIED = "merged-lora.safetensors", "unified-lora.safetensors"
-UNIFIED_STEPS = (1, 2, 4)
-"""The step counts that the score distillation trains at once, so that one LoRA serves them (8 comes from TSCD)."""
+UNIFIED_STEPS = (1, 2, 4, 8)
+"""The step counts that the score distillation trains at once, so that one LoRA serves them."""
 
 Distil = Callable[[DistillConfig, Path], None]
 """Trains what is not finished of a configuration's run in a folder."""

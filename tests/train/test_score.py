@@ -395,9 +395,11 @@ def test_the_command_says_what_it_would_do():
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     assert said["config"]["method"] == "score"
-    assert said["passes_per_step"] == [{
+    scores = {
         "student_forward": 1, "student_backward": 0.5, "student_played": 0.125, "student_recomputed": 0.0,
         "teacher": 1.0, "fake_forward": 1.5, "fake_backward": 1, "fake_recomputed": 0,
-    }]  # fmt: skip
+    }  # fmt: skip
+    critic = {"discriminator_forward": 2, "discriminator_backward_to_student": 0.5, "discriminator_backward": 0}
+    assert said["passes_per_step"] == [scores, scores | critic, scores | critic]
     one = said["memory_gib"]["one_gpu"]
     assert one["fake_gradients_and_moments"] == pytest.approx(3 * one["lora_student"], abs=2e-3)

@@ -11,6 +11,7 @@ from trainer.distill.config import (
     FEEDBACK,
     SCORE,
     DistillConfig,
+    Real,
     StageConfig,
     builtin,
     recipe,
@@ -65,9 +66,15 @@ def recipe_by(name: str, method: str) -> DistillConfig:
 
 
 def score_builtin() -> DistillConfig:
-    """All ours (docs/log.md): the student learns in every step, at a rate near that of the stages before."""
+    """All ours (docs/log.md): the student learns in every step, at a rate near that of the stages before; first by the
+    scores alone, then with a discriminator too, whose weight rises."""
     config = with_method(builtin(), SCORE)
-    return replace(config, stages=(replace(config.stages[0], steps=600, lr=3e-4),), ema_decay=0.98)
+    critic = replace(config.adversarial, real=Real.TEACHER_MULTISTEP, reach=0.3)
+    stage, parts = replace(config.stages[0], lr=3e-4), ((500, 0.0), (600, 0.03), (600, 0.06))
+    return replace(
+        config, stages=tuple(replace(stage, steps=steps, w_adv=weight) for steps, weight in parts), adversarial=critic,
+        score=replace(config.score, pairs=2048), ema_decay=0.98, warmup=60,
+    )  # fmt: skip
 
 
 def _with_feedback(
