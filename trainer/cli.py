@@ -60,13 +60,40 @@ def preference(
     if dry_run:
         return
     training = PreferenceTraining(config, out, say=typer.echo)
-    for result in training.run():
-        if result.step % 50 == 49:
-            figures = " ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
-            typer.echo(f"{result.step + 1}/{config.schedule.steps} {figures} {result.seconds:.0f} s")
+    _in_fifties(training.run(), config.schedule.steps)
     for name, share in training.figures.items():
         typer.echo(f"held-out pairs, {name}: {share:.1%} right")
     typer.echo(f"wrote {out / NAME}")
+
+
+@app.command()
+def segmenter(
+    out: Annotated[Path, typer.Option(help="Folder of the run: state, and segmenter/, a folder of transformers.")],
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. schedule.steps=4000.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train the built-in model's instance segmenter on canvases of drawings, and measure it on held-out ones."""
+    _require("torch", "diffusers", "transformers", "peft", "safetensors", "scipy")
+    from trainer.config import as_json, override
+    from trainer.pretrain.segmenter import FOLDER, SegmenterConfig, SegmenterTraining
+
+    config = override(SegmenterConfig(), assignments or [])
+    typer.echo(json.dumps(as_json(config)))
+    if dry_run:
+        return
+    training = SegmenterTraining(config, out, say=typer.echo)
+    _in_fifties(training.run(), config.schedule.steps)
+    for name, value in training.figures.items():
+        typer.echo(f"held out, {name}: {value:g}")
+    typer.echo(f"wrote {out / FOLDER}")
+
+
+def _in_fifties(run: Any, of_steps: int) -> None:
+    """A line every 50 steps of a training that is no distillation."""
+    for result in run:
+        if result.step % 50 == 49:
+            figures = " ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
+            typer.echo(f"{result.step + 1}/{of_steps} {figures} {result.seconds:.0f} s")
 
 
 _Out = Annotated[Path | None, typer.Option(help="Folder of the run: LoRAs, checkpoints, log. Not for --dry-run.")]

@@ -4,7 +4,8 @@ Only combinations (concept, style, background) that every training may see are d
 has the others.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from hypersd_export.errors import DataError
 from hypersd_export.model.files import sha256_files
 from trainer.base import PromptEncoder, TrainingBase, encode_pictures
 from trainer.batch import Batch, Conditioning
 from trainer.data.records import Skipped
 from trainer.data.store import digest, load_tensors, save_tensors
 from trainer.pretrain import concepts, scenes
+from trainer.pretrain.canvases import Canvases, scene_canvases
 from trainer.pretrain.drawings import ATLAS, read_drawings
 from trainer.pretrain.scenes import SceneRenderer, SceneSpec, draw_specs, held_out_mask
 from trainer.pretrain.unet import caption_index
 from trainer.pretrain.vocabulary import all_captions
+from trainer.rewards.structure import Instances
 
 FORMAT = 1
 CHUNK, CHUNKS = 256, 128
+KEPT = 4
+"""Chunks whose masks stay in memory."""
 
 
 class BuiltinScenes:
@@ -83,6 +89,12 @@ class BuiltinScenes:
             names=tuple(f"scene {c}-{i}" for c, i in named),
         )  # fmt: skip
 
+    def canvases(self, chunk: int) -> Canvases:
+        """The very pictures of a chunk, drawn again, with the mask of each one's drawing."""
+        generator = self._generator(chunk)
+        spec = draw_specs(CHUNK, ~held_out_mask(), generator)
+        return scene_canvases(renderer(self._size_px), spec, generator)
+
     def _fill(self, chunk: int) -> None:
         """Read a chunk, or make and keep it; and the conditioning that it needs."""
         path = self._folder / f"chunk-{chunk:03d}.safetensors"
@@ -107,6 +119,35 @@ class BuiltinScenes:
         pictures = torch.split(renderer(self._size_px)(spec, generator), at_once)
         latents = [encode_pictures(self._vae, part).cpu() for part in pictures]
         return {"latents": torch.cat(latents), "captions": caption_index(spec)}
+
+
+class BuiltinInstances:
+    """Annotations of the built-in scenes: their own drawing, by its alpha. classes: the segmenter's numbers by name.
+
+    DataError for a concept that the segmenter does not know, and a name that is no scene's.
+    """
+
+    def __init__(self, source: BuiltinScenes, classes: Mapping[str, int]) -> None:
+        unknown = sorted(set(concepts.CONCEPTS) - set(classes))
+        if unknown:
+            raise DataError(
+                f"feedback.structure: the segmenter has no class {unknown[0]!r} (of {len(unknown)} that the built-in "
+                "scenes show); take model=builtin"
+            )
+        self._numbers = torch.tensor([classes[concept] for concept in concepts.CONCEPTS])
+        self._chunk = lru_cache(maxsize=KEPT)(lambda chunk: source.canvases(chunk).truth)
+
+    def __call__(self, names: Sequence[str]) -> list[Instances]:
+        """The one instance of each scene: masks bool [1, size_px, size_px]."""
+        return [self._of(name) for name in names]
+
+    def _of(self, name: str) -> Instances:
+        found = re.fullmatch(r"scene (\d+)-(\d+)", name)
+        if not found:
+            raise DataError(f"feedback.structure.annotations=builtin: {name!r} is no built-in scene")
+        chunk, item = map(int, found.groups())
+        known = self._chunk(chunk)[item]
+        return Instances(known.masks, self._numbers[known.classes])
 
 
 @lru_cache(maxsize=2)

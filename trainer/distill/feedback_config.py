@@ -44,8 +44,9 @@ class GuardConfig:
 class StructureConfig:
     """Structure feedback beside the rewards (PeFL; `trainer.rewards.structure`), off without a model.
 
-    model: folder of a MaskFormer or Mask2Former of transformers (paper: SOLO). annotations: a JSON file in COCO's form
-    (paper: instances_train2017.json) whose pictures are the data's, by file name. share: of the batch, which begins
+    model: folder of a MaskFormer or Mask2Former of transformers (paper: SOLO), or builtin, the built-in model's.
+    annotations: a JSON file in COCO's form (paper: instances_train2017.json) whose pictures are the data's, by file
+    name, or builtin, where the data are: scenes know what they show. share: of the batch, which begins
     from a noised picture and not from noise, and is asked for its instances and not for its rewards. weight: of that
     loss (paper: equal weights).
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from hypersd_export.errors import DataError, LoraError, OptionError
+from hypersd_export.model.base import BUILTIN
 from hypersd_export.model.files import user_path
 from hypersd_export.model.lora import Delta, LoraFile, read_lora
 from trainer.base import TrainingBase, schedule_of
@@ -71,12 +72,20 @@ class Feedback:
         settings = self.config.feedback.structure
         if not settings.model:
             return None
+        from trainer.data.builtin import BuiltinInstances, BuiltinScenes
         from trainer.data.coco import CocoInstances
-        from trainer.rewards.structure import InstanceLoss
+        from trainer.rewards.structure import BUILTIN_SEGMENTER, InstanceLoss
 
-        loss = InstanceLoss(settings.model, device=device)
-        size_px = source.latent_shape[1] * base.model.vae_scale_factor
-        return Structure(loss, CocoInstances(user_path(settings.annotations), loss.classes, size_px))
+        loss = InstanceLoss(BUILTIN_SEGMENTER if settings.model == BUILTIN else settings.model, device=device)
+        if settings.annotations != BUILTIN:
+            size_px = source.latent_shape[1] * base.model.vae_scale_factor
+            return Structure(loss, CocoInstances(user_path(settings.annotations), loss.classes, size_px))
+        if not isinstance(source, BuiltinScenes):
+            raise OptionError(
+                f"feedback.structure.annotations=builtin: only the built-in scenes have them, and data.source is "
+                f"{self.config.data.source}; name a file in COCO's form"
+            )
+        return Structure(loss, BuiltinInstances(source, loss.classes))
 
     def look(self, done: int, of: int, networks: Networks, engine: Engine) -> tuple[dict[str, float], bool]:
         """After `done` of `of` updates: the guard's figures, if it is time for a look, and whether the run ends here,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trainer.pretrain.concepts import BACKGROUNDS, STYLES
-from trainer.pretrain.scenes import Placement, SceneRenderer, over
+from trainer.pretrain.scenes import Placement, SceneRenderer, SceneSpec, over
 from trainer.rewards.structure import Instances
 
 PLACEMENTS = (Placement(), Placement(size=(0.45, 0.75)), Placement(size=(0.36, 0.6)))
@@ -36,7 +36,8 @@ def draw_canvases(
     drawn = torch.multinomial(allowed_here[background], drawings, generator=generator)
     concept = drawn // len(STYLES)
     flat = (concept.flatten(), (drawn % len(STYLES)).flatten())
-    layers = renderer.place(*flat, generator, PLACEMENTS[drawings - 1]).unflatten(0, (count, drawings))
+    placed = renderer.place(*flat, generator, PLACEMENTS[drawings - 1])
+    layers = placed.view(count, drawings, *placed.shape[1:])
     pictures = renderer.backdrop(background)
     for layer in layers.unbind(1):
         pictures = over(layer, pictures)
@@ -46,6 +47,14 @@ def draw_canvases(
         Instances(masks[rows] > 0.5, classes[rows]) for masks, classes, rows in zip(seen, concept, kept, strict=True)
     ]
     return Canvases(pictures * 2 - 1, truth)
+
+
+def scene_canvases(renderer: SceneRenderer, spec: SceneSpec, generator: torch.Generator) -> Canvases:
+    """The scenes that `renderer(spec, generator)` draws, with the mask of each one's only drawing."""
+    layers = renderer.place(spec.concept, spec.style, generator)
+    pictures = over(layers, renderer.backdrop(spec.background)) * 2 - 1
+    masks = layers[:, 3:] > 0.5
+    return Canvases(pictures, [Instances(*known) for known in zip(masks, spec.concept[:, None], strict=True)])
 
 
 def visible(alpha: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from hypersd_export.diffusion import FewStepPlan, Guidance, Solver
 from hypersd_export.errors import DataError
 from hypersd_export.model.files import read_header, read_json, read_tensors, write_tensors
-from trainer.base import TrainingBase, open_training_base, schedule_of
+from trainer.base import TrainingBase, encode_pictures, open_training_base, schedule_of
 from trainer.checkpoint import saved_step
 from trainer.config import as_json
 from trainer.distill.config import LoraConfig
@@ -173,9 +173,12 @@ class Teacher:
         )  # fmt: skip
 
     @torch.no_grad()
-    def __call__(self, captions: list[str], steps: int, first_seed: int) -> torch.Tensor:
-        """Pictures float32 [N, 3, H, W] in [-1, 1]; caption i starts from the noise of seed `first_seed` + i."""
-        base = self._base
+    def __call__(
+        self, captions: list[str], steps: int, first_seed: int, *, pictures: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pictures float32 [N, 3, H, W] in [-1, 1]; caption i starts from the noise of seed `first_seed` + i, or from
+        picture i [N, 3, H, W] noised half way, at row `steps` // 2, where there are pictures."""
+        base, latents = self._base, None if pictures is None else encode_pictures(self._vae, pictures)
         plan = FewStepPlan(
             solver=Solver.DDIM, num_steps=steps, guidance=Guidance.of(self._guidance),
             schedule=schedule_of(base.model.scheduler_config), prediction_type=base.prediction_type,
@@ -184,7 +187,8 @@ class Teacher:
         with torch.autocast("cpu", torch.bfloat16):  # `decode` turns it off for the VAE
             return draw_pictures(
                 self._networks, self._vae, plan, self._encoder(captions, size=size), base.latent_shape(size[0]),
-                first_seed=first_seed, empty=self._empty, role=Role.BASE, batch=ROWS,
+                first_seed=first_seed, empty=self._empty, role=Role.BASE, batch=ROWS, latents=latents,
+                start=0 if latents is None else steps // 2,
             )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from trainer.rewards.preprocess import PREPROCESSOR, normalise
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What transformers' MaskFormer and Mask2Former were trained with, where their folder says nothing else."""
+BUILTIN_SEGMENTER = Path(__file__).with_name("builtin_segmenter")
+"""The built-in model's, from `hypersd-train segmenter`; its classes are the concepts."""
 KINDS = {"maskformer": "MaskFormerForInstanceSegmentation", "mask2former": "Mask2FormerForUniversalSegmentation"}
 
 
@@ -27,6 +29,16 @@ class Instances:
 
     masks: torch.Tensor
     classes: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a segmenter proposes, Q times a picture: masks bool [N, Q, H, W], classes int64 [N, Q], and how sure it is
+    that there is something and that it is this, float32 [N, Q] in [0, 1]."""
+
+    masks: torch.Tensor
+    classes: torch.Tensor
+    scores: torch.Tensor
 
 
 class Annotations(Protocol):
@@ -85,6 +97,15 @@ class InstanceLoss:
             pixels = normalise(images.float(), self._mean, self._std)
             rows = zip(torch.split(pixels, 1), truth, seeds, strict=True)
             return torch.stack([self._one(picture, known, seed) for picture, known, seed in rows])
+
+    @torch.no_grad()
+    def find(self, images: torch.Tensor) -> Found:
+        """What it sees in pictures [N, 3, H, W] in [-1, 1], in their own size."""
+        with torch.autocast(images.device.type, enabled=False):
+            out = self._model(pixel_values=normalise(images.float(), self._mean, self._std))
+        scores, classes = out.class_queries_logits.softmax(2)[..., :-1].max(2)  # the last class is "nothing"
+        masks = torch.nn.functional.interpolate(out.masks_queries_logits, images.shape[2:], mode="bilinear")
+        return Found(masks > 0, classes, scores)
 
     def _one(self, pixels: torch.Tensor, known: Instances, seed: int) -> torch.Tensor:
         if not len(known.classes):
