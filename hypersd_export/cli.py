@@ -233,6 +233,7 @@ def verify(
         str | None, typer.Option(help="onnx, tensorrt or coreml; the bundle's first target by default.")
     ] = None,
     provider: Annotated[str | None, typer.Option(help="onnxruntime's: cpu (the default), cuda, …")] = None,
+    function: Annotated[str | None, typer.Option(help="Of packages that have several (default: the first).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every file's sha256 and reproduce the golden picture, without torch."""
@@ -240,7 +241,7 @@ def verify(
         from hypersd_export.proof import open_checked
         from hypersd_export.verify.metrics import reported
 
-        pipeline = open_checked(bundle, runtime=runtime, provider=provider)
+        pipeline = open_checked(bundle, runtime=runtime, provider=provider, function=function)
         golden = pipeline.golden()
         if as_json:
             data = {"digest": pipeline.digest, "passed": golden.passed, "psnr_db": reported(golden.psnr_db)}
@@ -268,6 +269,25 @@ def refit(
 
         where = {"base": base, "unet": unet, "vae": vae}
         _export(refit_spec(bundle, lora or [], out, **where, overwrite=overwrite, cache_dir=cache_dir))
+
+
+@app.command()
+def coreml_merge(
+    bundles: Annotated[list[str], typer.Argument(metavar="[NAME=]BUNDLE…", help="Bundles of one base, for iOS18.")],
+    out: Annotated[Path, typer.Option(help="The new bundle's folder.")] = Path("bundle-merged"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+) -> None:
+    """Make one bundle of several for other LoRAs or sizes, whose Core ML packages share their weights."""
+    with one_line_errors(out):
+        from hypersd_export.coreml_merge import merge
+
+        with Progress() as progress:
+            manifest = merge(bundles, out, overwrite=overwrite, reporter=progress)
+        for name, entry in manifest.targets["coreml"]["components"].items():
+            if "functions" in entry:
+                progress.note(f"{name}: {entry['bytes'] / 1e6:.1f} MB, apart {entry['bytes_apart'] / 1e6:.1f} MB")
+        progress.note(f"parity of the functions: {_parity_line(manifest.parity)}")
+        typer.echo(str(out.resolve()))
 
 
 @cache_app.command("list")

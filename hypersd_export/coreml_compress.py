@@ -1,7 +1,7 @@
 """What the Core ML target's processes do with the weights of finished packages; `coreml_worker` runs these tasks.
 
 `Compressing` stores them in one form throughout. `Rating` measures what each layer's palettes would cost, `Mixing`
-chooses by that and stores them.
+chooses by that and stores them. `Merging` makes one package of several, which share their weights.
 """
 
 import json
@@ -152,6 +152,35 @@ class Mixing:
             rated=json.loads((self.rated / RATED).read_text(encoding="utf-8")),
             calls=read_calls(self.rated / CALLS), deployment_target=self.deployment_target,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merging:
+    """Packages, by the name of the function that each becomes, as the one package `name`; the first is the default."""
+
+    sources: Mapping[str, Path]
+    name: str
+
+    @property
+    def what(self) -> str:
+        """See `coreml_worker.Task`."""
+        return f"{self.name} with several functions"
+
+    def to_json(self) -> dict[str, Any]:
+        """See `coreml_worker.Task`."""
+        return {"sources": [[name, str(path)] for name, path in self.sources.items()], "name": self.name}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Merging":
+        """See `coreml_worker.Task`."""
+        return cls(sources={name: Path(path) for name, path in data["sources"]}, name=data["name"])
+
+    def run(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """See `coreml_worker.Task`; the package's figures."""
+        from hypersd_export.targets.coreml import merge
+
+        progress(f"merging {len(self.sources)} packages into {self.name}")
+        return merge.build(self.sources, folder / self.name)
 
 
 def write_calls(path: Path, calls: Iterable[Mapping[str, Any]]) -> None:

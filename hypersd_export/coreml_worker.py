@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from hypersd_export.coreml_compress import Compressing, Mixing, Rating
+from hypersd_export.coreml_compress import Compressing, Merging, Mixing, Rating
 from hypersd_export.diffusion import Guidance, GuidanceKind, PlanFile, StepTable
 from hypersd_export.errors import BuildError
 from hypersd_export.graphs.spec import Component, Shapes
@@ -281,7 +281,8 @@ class Playing(_Drawing):
 
 
 TASKS: Mapping[str, type[Task]] = {
-    task.__name__: task for task in (Conversion, Joining, Compressing, Rating, Mixing, Cutting, Measuring, Playing)
+    task.__name__: task
+    for task in (Conversion, Joining, Compressing, Rating, Mixing, Merging, Cutting, Measuring, Playing)
 }
 
 

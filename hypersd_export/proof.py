@@ -113,18 +113,18 @@ def verify_one(
     return parity, stage.path / "golden"
 
 
-def open_checked(bundle: Path, *, runtime: str | None, provider: str | None) -> Pipeline:
+def open_checked(bundle: Path, *, runtime: str | None, provider: str | None, function: str | None = None) -> Pipeline:
     """A bundle with all its files checked, as `Pipeline.from_bundle` opens it; its Core ML packages by the MIL
     interpreter where there is no Mac."""
     manifest = read_manifest(bundle)
     if sys.platform == "darwin" or resolve_runtime(runtime, manifest) != "coreml":
-        return Pipeline.from_bundle(bundle, runtime=runtime, provider=provider, check=True)
+        return Pipeline.from_bundle(bundle, runtime=runtime, provider=provider, check=True, function=function)
     if provider is not None:
         raise OptionError(f"--provider {provider}: without a Mac the interpreter runs Core ML packages; leave it away")
     from hypersd_export.verify.coreml import interpreted
 
     verify_files(bundle, manifest)
     return Pipeline(
-        path=bundle, plans=Folder(bundle).plans(), digest=bundle_digest(bundle),
-        runtime=interpreted(bundle, manifest.targets["coreml"]),
+        path=bundle, plans=Folder(bundle, function).plans(), digest=bundle_digest(bundle), function=function,
+        runtime=interpreted(bundle, manifest.targets["coreml"], function),
     )  # fmt: skip

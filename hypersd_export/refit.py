@@ -42,6 +42,8 @@ def refit_spec(
     if not loras:
         raise OptionError("refit: name the LoRA with --lora FILE[:SCALE]")
     manifest = read_manifest(bundle)
+    if "functions" in manifest.targets.get(Target.COREML.value, {}):
+        raise OptionError(f"refit: {bundle} holds several exports; refit those that it was merged of, and merge again")
     said = {name: value for name, value in (("base", base), ("unet", unet), ("vae", vae)) if value is not None}
     try:
         options = _options(manifest) | said

@@ -47,7 +47,7 @@ class FakeMac:
         self.loaded: list[tuple[str, str, str]] = []
         self.spoil, self.refuse = spoil, refuse
 
-    def load(self, package: Path, digest: str, units: str) -> FakeModel:
+    def load(self, package: Path, digest: str, units: str, function: str | None = None) -> FakeModel:
         if units in self.refuse:
             raise BundleError(f"{package} does not load on {units}: no such unit")
         self.loaded.append((package.name, digest, units))

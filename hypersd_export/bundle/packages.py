@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_export.bundle.digest import is_outside
-from hypersd_export.errors import BundleError
+from hypersd_export.errors import BundleError, OptionError
 
 PIPELINE = "pipeline"
 """The component that is the whole pipeline."""
@@ -16,12 +16,14 @@ PIPELINE = "pipeline"
 class PackageRecord:
     """A component's packages, in the order in which they are called: paths in the bundle, and their digests.
 
-    ports: plain JSON of `runtime.ports`, by our names; {} where the package has those.
+    ports: plain JSON of `runtime.ports`, by our names; {} where the package has those. functions: the names of those
+    that each of the packages has, where they have several; the first is the default.
     """
 
     packages: tuple[str, ...]
     digests: tuple[str, ...]
     ports: Mapping[str, Any]
+    functions: tuple[str, ...] = ()
 
 
 def package_records(target: Mapping[str, Any], where: Path | str = "manifest.json") -> dict[str, PackageRecord]:
@@ -39,6 +41,7 @@ def package_records(target: Mapping[str, Any], where: Path | str = "manifest.jso
                 packages=tuple(map(str, entry["packages"])),
                 digests=tuple(map(str, entry["digests"])),
                 ports=dict(target["ports"].get(name, {})),
+                functions=tuple(map(str, entry.get("functions", ()))),
             )
             for name, entry in components.items()
         }
@@ -53,3 +56,12 @@ def package_records(target: Mapping[str, Any], where: Path | str = "manifest.jso
             if is_outside(file):
                 raise BundleError(f"{where} names {file[:80]!r}, outside the bundle: do not trust this bundle")
     return found
+
+
+def check_function(target: Mapping[str, Any], function: str | None) -> str | None:
+    """The function itself; `OptionError` for one that a manifest's `targets["coreml"]` does not name."""
+    known = list(target.get("functions", {}))
+    if function is not None and function not in known:
+        there = f"choose {', '.join(known)}" if known else "it has none; merge bundles with hypersd-export coreml-merge"
+        raise OptionError(f"function {function} is not in this bundle: {there}")
+    return function

@@ -71,6 +71,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     grid: Annotated[bool, typer.Option("--grid", help="One PNG, a row of pictures for each prompt.")] = False,
     enlarge: Annotated[int, typer.Option(help="Write each pixel as a square of so many.")] = 1,
+    function: Annotated[
+        str | None, typer.Option(help="Of Core ML packages with several functions: which one (default: the first).")
+    ] = None,
     golden: Annotated[bool, typer.Option("--golden", help="Reproduce the bundle's golden picture.")] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare sha256 of every file first.")] = True,
 ) -> None:
@@ -88,7 +91,9 @@ def generate(
             check_out(request)
         from hypersd_export.runtime.pipeline import Pipeline
 
-        pipeline = Pipeline.from_bundle(bundle, runtime=runtime, provider=provider, check=check, threads=threads)
+        pipeline = Pipeline.from_bundle(
+            bundle, runtime=runtime, provider=provider, check=check, threads=threads, function=function
+        )
         opened = time.perf_counter() - began
         if golden:
             _golden(pipeline, as_json)

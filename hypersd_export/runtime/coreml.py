@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from hypersd_export.bundle.packages import PIPELINE, PackageRecord, package_records
+from hypersd_export.bundle.packages import PIPELINE, PackageRecord, check_function, package_records
 from hypersd_export.errors import BundleError, OptionError
 from hypersd_export.runtime.chain import chained
 from hypersd_export.runtime.graph import Array, Graph, Run, Tensor, as_input
@@ -46,8 +46,9 @@ class Device(Protocol):
     def name(self) -> str:
         """The machine, for reports."""
 
-    def load(self, package: Path, digest: str, units: str) -> Model:
-        """Load a package to run on `units`; `digest` is its own. BundleError if it cannot be loaded."""
+    def load(self, package: Path, digest: str, units: str, function: str | None) -> Model:
+        """Load a package's function (the only one, or the default, if None) to run on `units`; `digest` is the
+        package's own. BundleError if it cannot be loaded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,24 +118,27 @@ class PackageRuntime:
 
 
 def open_packages(
-    path: Path, target: Mapping[str, Any], *, units: str | None = None, device: Device | None = None
-) -> PackageRuntime:
+    path: Path, target: Mapping[str, Any], *, units: str | None = None, function: str | None = None,
+    device: Device | None = None,
+) -> PackageRuntime:  # fmt: skip
     """A bundle's packages on a device; nothing is loaded.
 
     Args:
         path: the bundle.
         target: its manifest's `targets["coreml"]`.
         units: one of `UNITS`; the export's if None.
+        function: of packages that have several, the default if None.
         device: this machine's Core ML if None.
 
     Raises:
         BundleError: the records cannot be read.
-        OptionError, MissingBackend: unknown units, no Mac, or no coremltools.
+        OptionError, MissingBackend: an unknown function or units, no Mac, or no coremltools.
     """
     wanted = str(target.get("compute_units", UNITS[0])) if units is None else units
     if wanted not in UNITS:
         raise OptionError(f"provider {wanted!r} of runtime 'coreml': choose one of {', '.join(UNITS)}")
     records = package_records(target, path / "manifest.json")
+    functions = functions_of(path, records, check_function(target, function))
     if device is None:
         from hypersd_export.runtime import mac
 
@@ -146,7 +150,7 @@ def open_packages(
     def load(package: Path) -> Graph:
         if not package.is_dir():
             raise BundleError(f"{package} is missing: export the bundle again")
-        return CoreMLGraph(path=package, model=opened.load(package, digests[package], wanted))
+        return CoreMLGraph(path=package, model=opened.load(package, digests[package], wanted, functions[package]))
 
     return PackageRuntime(
         packages={name: tuple(path / file for file in record.packages) for name, record in records.items()},
@@ -154,6 +158,12 @@ def open_packages(
         provider=f"{device.name}, Core ML on {wanted}",
         ports={name: ports_of(record) for name, record in records.items()},
     )
+
+
+def functions_of(path: Path, records: Mapping[str, PackageRecord], function: str | None) -> dict[Path, str | None]:
+    """The function to be loaded of each of a bundle's packages; None where a package has but one, or none is named."""
+    return {path / file: function if record.functions else None
+            for record in records.values() for file in record.packages}  # fmt: skip
 
 
 def ports_of(record: PackageRecord) -> Ports:

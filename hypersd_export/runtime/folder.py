@@ -8,12 +8,22 @@ from typing import Any
 from hypersd_export.diffusion.planfile import PlanFile
 from hypersd_export.errors import BundleError, HypersdError
 
+FUNCTIONS = "functions"
+"""The folder with plan.json and golden/ of each function, where a bundle has several."""
+
 
 @dataclass(frozen=True, slots=True)
 class Folder:
     """The folder of a bundle; everything is read when it is asked for."""
 
     path: Path
+    function: str | None = None
+    """Of a bundle whose packages have several: plan and golden files are those of this one, or of the default."""
+
+    @property
+    def own(self) -> Path:
+        """Where plan.json and golden/ lie."""
+        return self.path if self.function is None else self.path / FUNCTIONS / self.function
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's config.json; BundleError if it cannot be read."""
@@ -28,7 +38,7 @@ class Folder:
 
     def plans(self) -> PlanFile:
         """plan.json; BundleError if it cannot be read or used."""
-        path = self.path / "plan.json"
+        path = self.own / "plan.json"
         data = read_object(path)
         try:
             return PlanFile.from_json(data)

@@ -104,7 +104,7 @@ def reproduce(pipeline: "Pipeline") -> GoldenReport:
     Raises:
         BundleError: golden/ is missing or cannot be read.
     """
-    folder = pipeline.path / "golden"
+    folder = pipeline.folder.own / "golden"
     golden = _golden(folder)
     entry = pipeline.plans.for_steps(golden["steps"])
     texts = {"prompt_ids.npy": golden["prompt"]}

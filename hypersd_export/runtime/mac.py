@@ -60,9 +60,9 @@ class MacDevice:
         """The chip and the system."""
         return f"{chip()}, macOS {platform.mac_ver()[0]}"
 
-    def load(self, package: Path, digest: str, units: str) -> "MacModel":
+    def load(self, package: Path, digest: str, units: str, function: str | None = None) -> "MacModel":
         """See `Device`."""
-        described = self._describe(package)
+        described = self._describe(package, function)
         depends = {
             "package": digest,
             "system": platform.mac_ver()[0],
@@ -76,7 +76,9 @@ class MacDevice:
         try:
             compiled = self.cache.fetch(COMPILED, depends, build) / "model.mlmodelc"
             model = self.coremltools.models.CompiledMLModel(
-                str(compiled), compute_units=getattr(self.coremltools.ComputeUnit, _UNITS[units])
+                str(compiled),
+                compute_units=getattr(self.coremltools.ComputeUnit, _UNITS[units]),
+                **({} if function is None else {"function_name": function}),
             )
         except HypersdError:
             raise
@@ -84,22 +86,24 @@ class MacDevice:
             raise BundleError(f"{package} does not load on {units}: {first_line(error)}") from error
         return MacModel(path=package, model=model, inputs=described[0], outputs=described[1])
 
-    def _describe(self, package: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Inputs and outputs, from the package's own file."""
+    def _describe(self, package: Path, function: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Inputs and outputs of a function, from the package's own file."""
         from coremltools.proto import Model_pb2
 
         try:
             description = Model_pb2.Model.FromString((package / MODEL_FILE).read_bytes()).description
         except Exception as error:  # protobuf's, which it does not want imported
             raise BundleError(f"{package} cannot be read ({first_line(error)}): export the bundle again") from error
+        wanted = function or description.defaultFunctionName
+        own = next((each for each in description.functions if each.name == wanted), description)
         inputs = {
             feature.name: Tensor(
                 shape=tuple(int(size) for size in feature.type.multiArrayType.shape),
                 dtype=_DTYPES.get(feature.type.multiArrayType.dataType, np.float32),
             )
-            for feature in description.input
+            for feature in own.input
         }
-        return inputs, tuple(feature.name for feature in description.output)
+        return inputs, tuple(feature.name for feature in own.output)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,6 +61,8 @@ class Pipeline:
     runtime: Runtime
     batch: int = 1
     """Images at once where the graphs leave that open."""
+    function: str | None = None
+    """Which one, where packages have several; None is the default."""
     _tokenizer: Tokenizer | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -74,6 +76,7 @@ class Pipeline:
         check: bool = True,
         threads: int | None = None,
         batch: int = 1,
+        function: str | None = None,
     ) -> "Pipeline":
         """Open a bundle.
 
@@ -85,6 +88,7 @@ class Pipeline:
             check: compare every file with its sha256 in the manifest first.
             threads: onnxruntime's, for one operator; one per core if None.
             batch: images at once where the graphs were exported with a free batch size.
+            function: of a bundle that `hypersd-export coreml-merge` made, whose pictures these are; the first if None.
 
         Raises:
             BundleError: no bundle, another version, a file that was changed, is missing or does not belong.
@@ -98,15 +102,16 @@ class Pipeline:
             verify_files(bundle, manifest)
         if batch < 1:
             raise OptionError(f"batch {batch}: must be at least 1")
-        opened = open_runtime(runtime, bundle, manifest, provider=provider, threads=threads)
+        opened = open_runtime(runtime, bundle, manifest, provider=provider, threads=threads, function=function)
+        plans = Folder(bundle, function).plans()
         return cls(
-            path=bundle, plans=Folder(bundle).plans(), digest=bundle_digest(bundle), runtime=opened, batch=batch
+            path=bundle, plans=plans, digest=bundle_digest(bundle), runtime=opened, batch=batch, function=function
         )  # fmt: skip
 
     @property
     def folder(self) -> Folder:
         """The bundle's configurations."""
-        return Folder(self.path)
+        return Folder(self.path, self.function)
 
     @property
     def provider(self) -> str:

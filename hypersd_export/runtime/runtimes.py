@@ -27,14 +27,18 @@ def resolve_runtime(name: str | None, manifest: Manifest) -> str:
 
 
 def open_runtime(
-    name: str | None, bundle: Path, manifest: Manifest, *, provider: str | None, threads: int | None
-) -> Runtime:
-    """Open what runs this bundle; `threads` is onnxruntime's alone, and `provider` its own or Core ML's compute units.
+    name: str | None, bundle: Path, manifest: Manifest, *, provider: str | None, threads: int | None,
+    function: str | None = None,
+) -> Runtime:  # fmt: skip
+    """Open what runs this bundle; `threads` is onnxruntime's alone, `provider` its own or Core ML's compute units, and
+    `function` one of those that Core ML's packages have.
 
     Raises:
         OptionError, MissingBackend: see `resolve_runtime`, and what the runtime itself raises.
     """
     wanted = resolve_runtime(name, manifest)
+    if function is not None and wanted != "coreml":
+        raise OptionError(f"function {function}: only Core ML's packages have several, and runtime {wanted!r} does not")
     if wanted == "onnx":
         from hypersd_export.runtime.onnx import OnnxRuntime
 
@@ -46,7 +50,7 @@ def open_runtime(
     if wanted == "coreml":
         from hypersd_export.runtime.coreml import open_packages
 
-        return open_packages(bundle, manifest.targets["coreml"], units=provider)
+        return open_packages(bundle, manifest.targets["coreml"], units=provider, function=function)
     from hypersd_export.runtime.tensorrt import TensorRTRuntime
 
     return TensorRTRuntime.open(bundle, manifest.targets["tensorrt"])

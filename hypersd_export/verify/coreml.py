@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from hypersd_export.bundle.packages import package_records
+from hypersd_export.bundle.packages import check_function, package_records
 from hypersd_export.errors import BundleError, OptionError
-from hypersd_export.runtime.coreml import PackageRuntime, ports_of
-from hypersd_export.runtime.graph import Array, Graph, Run, Tensor, as_input
+from hypersd_export.runtime.coreml import PackageRuntime, functions_of, ports_of
+from hypersd_export.runtime.graph import Array, Run, Tensor, as_input
 from hypersd_export.runtime.ports import Ports
 from hypersd_export.verify.mil import Package, open_package
 from hypersd_export.verify.mil.file import NUMPY
@@ -64,28 +64,28 @@ class InterpretedRuntime(PackageRuntime):
     """The packages of one bundle, evaluated by the MIL interpreter.
 
     packages: by component, or the one of `PIPELINE`; several where one was cut into pieces, in their order. ports: by
-    component, where the packages have another layout.
+    component, where the packages have another layout. functions: by package, where it has several.
     """
 
     def __init__(
-        self, *, packages: Mapping[str, Path | tuple[Path, ...]], ports: Mapping[str, Ports] | None = None
-    ) -> None:
+        self, *, packages: Mapping[str, Path | tuple[Path, ...]], ports: Mapping[str, Ports] | None = None,
+        functions: Mapping[Path, str | None] | None = None,
+    ) -> None:  # fmt: skip
+        named = functions or {}
         super().__init__(
             packages={name: given if isinstance(given, tuple) else (given,) for name, given in packages.items()},
-            load=_interpreted,
+            load=lambda package: InterpretedGraph(package=open_package(package), function=named.get(package)),
             provider="MIL interpreter",
             ports=ports or {},
         )
 
 
-def _interpreted(package: Path) -> Graph:
-    return InterpretedGraph(package=open_package(package))
-
-
-def interpreted(path: Path, target: Mapping[str, Any]) -> InterpretedRuntime:
-    """The packages of a bundle, `target` being its manifest's `targets["coreml"]`. Raises `BundleError`."""
+def interpreted(path: Path, target: Mapping[str, Any], function: str | None = None) -> InterpretedRuntime:
+    """The packages of a bundle, `target` being its manifest's `targets["coreml"]`, and of those that have several
+    functions this one or the default. Raises `BundleError`, and `OptionError` for a function that there is not."""
     records = package_records(target, path / "manifest.json")
     return InterpretedRuntime(
         packages={name: tuple(path / file for file in record.packages) for name, record in records.items()},
         ports={name: ports_of(record) for name, record in records.items()},
+        functions=functions_of(path, records, check_function(target, function)),
     )

@@ -27,6 +27,11 @@ _NOTES = "executorch_debug_handle_mapping.json"
 def save(model: Any, path: Path) -> None:
     """Write a coremltools model as the package `path`, without what differs from one run to the next."""
     model.save(str(path))
+    tidy(path)
+
+
+def tidy(path: Path) -> None:
+    """Take out of a package that coremltools wrote what differs from one run to the next."""
     (path / _NOTES).unlink(missing_ok=True)
     write(path, vendor.read_model(path / MODEL_FILE))
 
@@ -58,19 +63,23 @@ def write(path: Path, model: Any) -> None:
 
 @contextmanager
 def loaded(path: Path, scratch: Path) -> Iterator[Any]:
-    """A package as a coremltools model, out of a stand-in in the folder `scratch`: loading one writes its manifest
-    again, and a stage of the cache must stay as it is."""
+    """A package as a coremltools model, out of a stand-in in the folder `scratch`."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        beside = Path(folder) / path.name
-        beside.mkdir()
-        shutil.copyfile(path / "Manifest.json", beside / "Manifest.json")
-        (beside / "Data").symlink_to((path / "Data").resolve(), target_is_directory=True)
-        yield vendor.load(beside)
+        yield vendor.load(stand_in(path, Path(folder) / path.name))
+
+
+def stand_in(path: Path, beside: Path) -> Path:
+    """A package of the files of `path`, as `beside`, for coremltools: loading one writes its manifest again, and a
+    stage of the cache must stay as it is."""
+    beside.mkdir()
+    shutil.copyfile(path / "Manifest.json", beside / "Manifest.json")
+    (beside / "Data").symlink_to((path / "Data").resolve(), target_is_directory=True)
+    return beside
 
 
 def main_block(model: Any) -> Any:
-    """The ops of the program's main function, a protobuf block."""
-    function = model.mlProgram.functions["main"]
+    """The ops of the program's main function, or of the default one where there are several; a protobuf block."""
+    function = model.mlProgram.functions[model.description.defaultFunctionName or "main"]
     return function.block_specializations[function.opset]
 
 

@@ -109,6 +109,17 @@ def quantize(model: Any, form: str, block_sizes: Mapping[str, int | None]) -> An
     return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(op_name_configs=configs))
 
 
+def merge(sources: Mapping[str, Path], path: Path) -> None:
+    """Write a package with a function of each of these names, the main one of the package there; weights that are the
+    same stand there once. The first is the default."""
+    utils = _coremltools().models.utils
+    described = utils.MultiFunctionDescriptor()
+    for name, source in sources.items():
+        described.add_function(str(source), "main", name)
+    described.default_function_name = next(iter(sources))
+    utils.save_multifunction(described, str(path))
+
+
 def read_model(path: Path) -> Any:
     """The protobuf of a `model.mlmodel`; its weights are in another file."""
     _coremltools()
