@@ -158,6 +158,7 @@ def package_stage(workshop: Workshop, component: Component, scales: Mapping[str,
         layout=job.spec.coreml.layout,
         embedded_guidance=job.embedded_guidance if component is Component.UNET else None,
         scales=scales,
+        lora_apart=job.spec.coreml.lora_apart,
     )
 
     def build(folder: Path) -> None:
@@ -170,6 +171,7 @@ def package_stage(workshop: Workshop, component: Component, scales: Mapping[str,
         "attention": conversion.attention,
         "layout": conversion.layout,
         "scales": dict(scales),
+        "lora_apart": conversion.lora_apart and bool(job.source.loras_of(component.source)),
         "coremltools": vendor.version(),
         "worker": code_digests(("coreml_worker.py",)),
     }

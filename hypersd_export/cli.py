@@ -65,6 +65,9 @@ def export_command(
     attention: Annotated[
         str, typer.Option(help="Of Core ML's UNet: original, split-einsum or split-einsum-v2.")
     ] = "original",
+    lora_apart: Annotated[
+        bool, typer.Option("--lora-apart", help="Core ML's LoRAs beside the weights, for coreml-merge to share these.")
+    ] = False,
     palettize: Annotated[int | None, typer.Option(help="Bits a weight of Core ML packages: 8, 6, 4, 3 or 2.")] = None,
     quantize: Annotated[
         str | None, typer.Option(help="Weights of Core ML packages as integers: int8, from iOS18 on int4.")
@@ -136,6 +139,7 @@ def export_command(
             coreml=CoreMLFlags(
                 deployment_target=deployment_target,
                 attention=attention,
+                lora_apart=lora_apart,
                 palettize=palettize,
                 quantize=quantize,
                 size_budget=size_budget,

@@ -80,6 +80,7 @@ def record(job: Job, packages: Packages, scales: Scales) -> dict[str, Any]:
         "layout": flags.layout,
         "attention": flags.attention,
         "compute_units": flags.compute_units,
+        "lora_apart": flags.lora_apart,
         "palettize": flags.palettize,
         "quantize": flags.quantize,
         "size_budget": flags.size_budget,

@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -49,7 +49,7 @@ class Conversion:
     """One component, from its weights to a package `COMPONENT.mlpackage` and a `config.json` in a folder.
 
     deployment_target, attention, layout: see `targets.coreml`; attention is the UNet's. scales: of its group norms, by
-    their names in the pipeline's component, see `graphs.half_safe`.
+    their names in the pipeline's component, see `graphs.half_safe`. lora_apart: LoRAs beside the weights, not in them.
     """
 
     source: SourceRequest
@@ -61,6 +61,7 @@ class Conversion:
     layout: str
     embedded_guidance: float | None = None
     scales: Mapping[str, float] = field(default_factory=dict)
+    lora_apart: bool = False
 
     @property
     def what(self) -> str:
@@ -90,10 +91,17 @@ class Conversion:
         from hypersd_export.graphs.attention import use_attention
         from hypersd_export.graphs.components import build_graph, component_config
         from hypersd_export.graphs.half_safe import scale_norms
+        from hypersd_export.graphs.kept_apart import keep_apart
         from hypersd_export.targets.coreml import convert
 
         progress(f"loading {self.component}")
-        module, fused = open_source(self.source).load(self.component.source, torch.float32)
+        source, part = open_source(self.source), self.component.source
+        module, fused = source.load(part, torch.float32)
+        if self.lora_apart and source.loras_of(part):  # that it would land was proven by fusing it
+            del module
+            module, _ = replace(source, loras=()).load(part, torch.float32)
+            loras = [(lora.components[part], scale) for lora, scale in source.loras_of(part)]
+            keep_apart(module, loras, component=part)
         config = component_config(self.component, module, self.shapes)
         use_attention(module, self.attention)
         scale_norms(module, self.scales)

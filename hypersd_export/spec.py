@@ -48,13 +48,14 @@ class EngineFlags:
 class CoreMLFlags:
     """The options of Core ML packages; see `targets.coreml` for the choices.
 
-    At most one of `palettize` (bits a weight), `quantize` (integers) and `size_budget` (palettes of mixed widths; a
-    share of the UNet package's bytes) is given. `approximate` lets Apple's runtime play a schedule that is only near
-    the plan's.
+    `lora_apart` keeps LoRAs beside the weights. At most one of `palettize` (bits a weight), `quantize` (integers) and
+    `size_budget` (palettes of mixed widths; a share of the UNet package's bytes) is given. `approximate` lets Apple's
+    runtime play a schedule that is only near the plan's.
     """
 
     deployment_target: str = "iOS17"
     attention: str = "original"
+    lora_apart: bool = False
     palettize: int | None = None
     quantize: str | None = None
     size_budget: float | None = None
@@ -129,7 +130,7 @@ class ExportSpec:
             _check_coreml(self)
         elif self.coreml != CoreMLFlags():
             raise OptionError(
-                "--deployment-target, --attention, --palettize, --quantize, --size-budget, --chunk-unet, "
+                "--deployment-target, --attention, --lora-apart, --palettize, --quantize, --size-budget, --chunk-unet, "
                 "--compute-units, --layout and --allow-approximate-schedule are about --target coreml: add it, or "
                 "leave them away"
             )
@@ -160,6 +161,8 @@ def _check_coreml(spec: ExportSpec) -> None:
         compute_units=flags.compute_units, layout=flags.layout,
         single_graph=spec.single_graph, batch=spec.batch,
     )  # fmt: skip
+    if flags.lora_apart and spec.single_graph:
+        raise OptionError("--single-graph with --lora-apart: that is about packages of the components; give one")
     if flags.approximate and flags.layout != "apple":
         raise OptionError("--allow-approximate-schedule: it is about --layout apple; give both, or leave it away")
 

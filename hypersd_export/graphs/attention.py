@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from hypersd_export.errors import OptionError
+from hypersd_export.graphs.kept_apart import WithLora
 
 QUERY_PIECE = 512
 """Queries at once under `split-einsum-v2`; shorter rows are taken whole."""
@@ -73,8 +74,13 @@ def _channels_first(states: torch.Tensor) -> torch.Tensor:
     return states.transpose(1, 2).unsqueeze(2)
 
 
-def _project(x: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
-    """A linear layer over the channels of [B, C, 1, S]."""
+def _project(x: torch.Tensor, linear: Any) -> torch.Tensor:
+    """A linear layer, or one with LoRAs beside it, over the channels of [B, C, 1, S]."""
+    if isinstance(linear, WithLora):
+        y = _project(x, linear.layer)
+        for down, up in zip(linear.downs, linear.ups, strict=True):
+            y = y + _project(_project(x, down), up)
+        return y
     return conv2d(x, linear.weight[:, :, None, None], linear.bias)
 
 
