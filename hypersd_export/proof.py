@@ -124,7 +124,6 @@ def open_checked(bundle: Path, *, runtime: str | None, provider: str | None, fun
     from hypersd_export.verify.coreml import interpreted
 
     verify_files(bundle, manifest)
-    return Pipeline(
-        path=bundle, plans=Folder(bundle, function).plans(), digest=bundle_digest(bundle), function=function,
-        runtime=interpreted(bundle, manifest.targets["coreml"], function),
-    )  # fmt: skip
+    packages = interpreted(bundle, manifest.targets["coreml"], function)
+    plans = Folder(bundle, function).plans()
+    return Pipeline(path=bundle, plans=plans, digest=bundle_digest(bundle), runtime=packages, function=function)

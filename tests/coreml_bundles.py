@@ -45,12 +45,14 @@ class FakeMac:
 
     def __init__(self, *, spoil: float = 0.0, refuse: tuple[str, ...] = ()) -> None:
         self.loaded: list[tuple[str, str, str]] = []
+        self.functions: list[str | None] = []
         self.spoil, self.refuse = spoil, refuse
 
     def load(self, package: Path, digest: str, units: str, function: str | None = None) -> FakeModel:
         if units in self.refuse:
             raise BundleError(f"{package} does not load on {units}: no such unit")
         self.loaded.append((package.name, digest, units))
+        self.functions.append(function)
         return FakeModel(open_graph(package / "model.onnx"), self.spoil)
 
 

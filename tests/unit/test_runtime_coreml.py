@@ -114,15 +114,17 @@ class Tools:
         self.compiled: list[str] = []
         self.loaded: list[tuple[str, Any]] = []
         self.failing = ""
+        self.functions: list[str | None] = []
         self.ComputeUnit = SimpleNamespace(ALL=1, CPU_ONLY=2, CPU_AND_GPU=3, CPU_AND_NE=4)
         tools = self
 
         class CompiledMLModel:
-            def __init__(self, path: str, compute_units: Any) -> None:
+            def __init__(self, path: str, compute_units: Any, function_name: str | None = None) -> None:
                 if tools.failing == "load":
                     raise RuntimeError("Error compiling the model\nfor the Neural Engine")
                 assert Path(path, "model").is_file()
                 tools.loaded.append((path, compute_units))
+                tools.functions.append(function_name)
 
             def predict(self, feeds: dict[str, np.ndarray]) -> dict[str, Any]:
                 from PIL import Image
@@ -181,6 +183,41 @@ def test_a_package_is_compiled_once_and_loaded_on_the_units(package: Path, tmp_p
     device.load(package, "another", "all")
     assert len(tools.compiled) == 2
     assert device.name.endswith("macOS ")  # no Mac here
+
+
+def test_a_function_of_several_is_loaded_by_its_name(package: Path, tmp_path: Path) -> None:
+    from coremltools.proto import Model_pb2
+
+    model = Model_pb2.Model()
+    for name, side in (("small", 2), ("large", 4)):
+        function = model.description.functions.add(name=name)
+        feature = function.input.add(name="noise")
+        feature.type.multiArrayType.shape.extend((1, side))
+        feature.type.multiArrayType.dataType = 65568
+        function.output.add(name=f"{name} latents")
+    model.description.defaultFunctionName = "large"
+    (package / mac.MODEL_FILE).write_bytes(model.SerializeToString())
+    tools = Tools()
+    device = mac.MacDevice(coremltools=tools, cache=StageCache(tmp_path / "cache"))
+    loaded = [device.load(package, "digest", "all", function) for function in (None, "small", "large")]
+    assert [each.inputs["noise"].shape for each in loaded] == [(1, 4), (1, 2), (1, 4)]
+    assert [each.outputs for each in loaded] == [("large latents",), ("small latents",), ("large latents",)]
+    assert tools.functions == [None, "small", "large"]
+    assert len(tools.compiled) == 1
+
+
+def test_only_packages_that_have_the_function_are_asked_for_it(made: Path, device: FakeMac) -> None:
+    target = target_of(made)
+    target["functions"] = {"four": {}, "eight": {}}
+    target["components"]["unet"]["functions"] = ["four", "eight"]
+    runtime = open_packages(made, target, function="eight", device=device)
+    for component in ("unet", "vae_decoder"):
+        runtime.graph(component)
+    assert device.functions == ["eight", None]
+    with pytest.raises(OptionError, match="function two is not in this bundle: choose four, eight"):
+        open_packages(made, target, function="two", device=device)
+    with pytest.raises(OptionError, match="function four is not in this bundle: it has none"):
+        Pipeline.from_bundle(made, function="four")
 
 
 def test_what_core_ml_says_is_one_line(package: Path, tmp_path: Path) -> None:
