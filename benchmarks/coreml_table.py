@@ -1,4 +1,4 @@
-"""What precision, palettes and attention cost in Core ML packages: `python -m benchmarks.coreml_table --out DIR`
+"""What precision, forms of weights, attention cost in Core ML packages: `python -m benchmarks.coreml_table --out DIR`
 
 Exports the built-in model in every combination, and lets `hypersd-bench quality` draw the same prompts and seeds with
 each, by the MIL interpreter: size, PSNR to torch, and the CLIP score's difference to the first one's, paired. Writes
@@ -22,31 +22,48 @@ QUALITY = "quality.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """One combination; `grouped` palettes (iOS 18) are one for 16 output channels, others one for a weight."""
+    """One combination; `grouped` palettes (iOS 18) are one for 16 output channels, others one for a weight.
+
+    At most one of `bits` (palettes), `integers` (int8, int4) and `budget` (palettes of mixed widths, as a share of the
+    UNet's size) is given.
+    """
 
     precision: str = "fp16"
     attention: str = "original"
     bits: int | None = None
     grouped: bool = False
+    integers: str | None = None
+    budget: float | None = None
+
+    @property
+    def weights(self) -> str | None:
+        """How they are stored, in a word; None for as they are."""
+        if self.budget is not None:
+            return f"mixed {self.budget:g}"
+        return self.integers if self.bits is None else str(self.bits)
 
     @property
     def name(self) -> str:
         """Such as fp16-split-einsum-6, the name of its bundle."""
-        parts = [self.precision, self.attention, *([] if self.bits is None else [str(self.bits)])]
+        parts = [self.precision, self.attention, *([] if self.weights is None else self.weights.split())]
         return "-".join([*parts, *(["grouped"] if self.grouped else [])])
 
     def command(self, out: Path, steps: int) -> list[str]:
         """The arguments of `hypersd-export`."""
-        target = "iOS18" if self.grouped else "iOS17"
+        target = "iOS18" if self.grouped or self.integers == "int4" else "iOS17"
         command = ["--target", "coreml", "--precision", self.precision, "--attention", self.attention,
                    "--deployment-target", target, "--steps", str(steps), "--out", str(out), "--overwrite",
                    "--no-verify"]  # fmt: skip
-        return command if self.bits is None else [*command, "--palettize", str(self.bits)]
+        stored = (("--palettize", self.bits), ("--quantize", self.integers), ("--size-budget", self.budget))
+        return command + [text for option, value in stored if value is not None for text in (option, str(value))]
 
 
 FORMS = (
     *(Form(bits=bits) for bits in (None, 8, 6, 4, 2)),
     *(Form(bits=bits, grouped=True) for bits in (6, 4, 3, 2)),
+    *(Form(integers=integers) for integers in ("int8", "int4")),
+    *(Form(budget=budget) for budget in (0.35, 0.25)),
+    *(Form(budget=budget, grouped=True) for budget in (0.35, 0.25)),
     *(Form(attention="split-einsum", bits=bits) for bits in (None, 8, 6, 4, 2)),
     *(Form(precision="fp32", bits=bits) for bits in (None, 8, 6, 4, 2)),
     Form(precision="fp32", attention="split-einsum"),
@@ -65,7 +82,7 @@ def rows(bundles: Mapping[Form, Path], quality: Mapping[str, Any]) -> list[dict[
         result.append(
             {
                 "name": form.name, "precision": form.precision, "attention": form.attention, "bits": form.bits,
-                "grouped": form.grouped,
+                "grouped": form.grouped, "weights": form.weights,
                 "packages_mb": round(sum(each["bytes"] for each in components.values()) / 1e6, 2),
                 "unet_mb": round(components["unet"]["bytes"] / 1e6, 2),
                 "psnr_db": measured["figures"]["psnr_db"], "clip_score": measured["figures"]["clip_score"],
@@ -80,13 +97,13 @@ def markdown(found: Sequence[Mapping[str, Any]], steps: int, count: int) -> str:
     lines = [
         [
             f"{row['precision']}, {row['attention']}",
-            "–" if row["bits"] is None else f"{row['bits']}{' grouped' if row['grouped'] else ''}",
+            "–" if row["weights"] is None else f"{row['weights']}{' grouped' if row['grouped'] else ''}",
             f"{row['packages_mb']:.1f}", f"{row['unet_mb']:.1f}", _figure(row["psnr_db"]), _figure(row["clip_score"]),
             "–" if row["clip_difference"] is None else _figure(row["clip_difference"], sign="+"),
         ]
         for row in found
     ]  # fmt: skip
-    head = ["precision, attention", "palettes, bits", "packages, MB", "UNet, MB", "PSNR to torch, dB",
+    head = ["precision, attention", "weights (palettes: bits)", "packages, MB", "UNet, MB", "PSNR to torch, dB",
             "CLIP score of the judge", "its difference to the first row"]  # fmt: skip
     return (
         f"# Core ML packages of the built-in model, {steps} steps\n\n{count} held-out prompts, the same seeds for all; "

@@ -40,6 +40,9 @@ def test_rows_and_page(tmp_path: Path) -> None:
     assert [(row["packages_mb"], row["unet_mb"]) for row in found] == [(5.0, 4.0), (2.0, 1.0)]
     lines = markdown(found, 4, 3).splitlines()
     assert lines[0] == "# Core ML packages of the built-in model, 4 steps"
+    assert [form.name for form in (Form(integers="int8"), Form(budget=0.25, grouped=True))] == [
+        "fp16-original-int8", "fp16-original-mixed-0.25-grouped",
+    ]  # fmt: skip
     assert lines[-2] == "| fp16, original | – | 5.0 | 4.0 | 62.2 [61.2, 63.2] | 76.1 [75.1, 77.1] | – |"
     assert lines[-1] == (
         "| fp16, original | 4 grouped | 2.0 | 1.0 | 30.0 [29.0, 31.0] | 75.0 [74.0, 76.0] | -1.1 [-2.1, -0.1] |"
@@ -48,7 +51,7 @@ def test_rows_and_page(tmp_path: Path) -> None:
 
 def test_every_form_is_one_of_its_own_that_the_export_takes(tmp_path: Path) -> None:
     """Through the command line's own parser, up to a base that does not exist."""
-    assert len({form.name for form in FORMS}) == len(FORMS) == 20
+    assert len({form.name for form in FORMS}) == len(FORMS) == 26
     for form in FORMS:
         command = [*form.command(tmp_path / "b", 4), "--base", str(tmp_path / "no-base")]
         result = CliRunner().invoke(app, command)
