@@ -20,15 +20,15 @@ from trainer.distill.config import DataConfig
 from trainer.distill.feedback_config import StructureConfig
 from trainer.distill.run import Distillation
 from trainer.distill.validate import decode
-from trainer.pretrain.canvases import scene_canvases
+from trainer.pretrain.canvases import Canvases, draw_canvases, scene_canvases
 from trainer.pretrain.concepts import CONCEPTS, spoken
-from trainer.pretrain.degrade import DEGRADATIONS
+from trainer.pretrain.degrade import DEGRADATIONS, degrade
 from trainer.pretrain.drawings import read_drawings
 from trainer.pretrain.preference import Teacher
 from trainer.pretrain.scenes import SceneRenderer, draw_specs, held_out_mask
-from trainer.pretrain.segmented import average_precision, found_figures, iou
+from trainer.pretrain.segmented import average_precision, found_figures, iou, mean_loss
 from trainer.pretrain.segmenter import SegmenterConfig, SegmenterTraining
-from trainer.rewards.structure import Found, InstanceLoss, Instances
+from trainer.rewards.structure import BUILTIN_SEGMENTER, Found, InstanceLoss, Instances
 
 __all__ = ["below"]  # a fixture
 
@@ -67,16 +67,17 @@ def test_average_precision_is_the_area_under_the_curve(hits, instances, expected
 
 def test_what_was_found_is_counted():
     """Two instances: one found with its class, one with another's; a second proposal of the first is a false one, and
-    an unsure one is no mask for the overlap."""
+    one that is likelier nothing is no mask for the overlap."""
     truth = [Instances(torch.stack([strip(0, 1, 2, 3), strip(4, 5, 6)]), torch.tensor([7, 8]))]
     masks = torch.stack([strip(0, 1, 2), strip(4, 5), strip(0, 1, 2, 3), strip(4, 5, 6)])[None]
-    found = Found(masks, torch.tensor([[7, 9, 7, 8]]), torch.tensor([[0.9, 0.8, 0.7, 0.1]]))
+    classes = torch.tensor([[7, 9, 7, 8]])
+    found = Found(masks, classes, torch.tensor([[1, 0.9, 1, 0.2]]), torch.tensor([[0.9, 0.8, 0.7, 0.1]]))
     figures = found_figures(found, truth)
     assert figures["instances"] == 2
     assert figures["mask IoU"] == pytest.approx((1 + 2 / 3) / 2)
     assert figures["class right"] == 0.5
     assert figures["AP50"] == pytest.approx((1 + 2 / 4) / 2)  # hits at ranks 1 and 4
-    nothing = Found(masks, torch.tensor([[7, 9, 7, 8]]), torch.zeros(1, 4))
+    nothing = Found(masks, classes, torch.zeros(1, 4), torch.zeros(1, 4))
     assert found_figures(nothing, truth)["mask IoU"] == 0
 
 
@@ -222,3 +223,54 @@ def test_only_the_built_in_scenes_have_built_in_annotations(tiny_base, below, tm
         OptionError, match=r"annotations=builtin: only the built-in scenes have them, and data.source is"
     ):
         next(Distillation(config, tmp_path / "run", base=open_training_base(str(tiny_base))).run())
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return InstanceLoss(BUILTIN_SEGMENTER)
+
+
+def test_what_ships_is_small_and_is_of_the_recipe(shipped):
+    assert (BUILTIN_SEGMENTER / "model.safetensors").stat().st_size < 3e6
+    assert list(shipped.classes) == list(CONCEPTS)
+    record = json.loads((BUILTIN_SEGMENTER / "segmenter.json").read_text())
+    assert record["config"] == as_json(SegmenterConfig())
+    assert record["held_out"]["1 drawings, instances"] == 256
+
+
+def test_what_ships_finds_held_out_drawings(shipped, renderer):
+    """On 64 canvases, far fewer than the record's: bounds are well below its figures."""
+    one, two = (
+        draw_canvases(renderer, number, 64, held_out_mask(), torch.Generator().manual_seed(77)) for number in (1, 2)
+    )
+    alone, both = (found_figures(shipped.find(made.pictures), made.truth) for made in (one, two))
+    assert alone["mask IoU"] > 0.85
+    assert alone["class right"] > 0.7
+    assert both["mask IoU"] > 0.65
+    assert both["class right"] > 0.45
+
+
+def test_its_loss_knows_the_right_mask_and_class_and_a_picture_that_is_worse(shipped, renderer):
+    generator = torch.Generator().manual_seed(78)
+    scenes = scene_canvases(renderer, draw_specs(24, held_out_mask(), generator), generator)
+    clean = mean_loss(shipped, scenes)
+    moved = [Instances(known.masks.roll(8, 2), known.classes) for known in scenes.truth]
+    other = [Instances(known.masks, (known.classes + 50) % 102) for known in scenes.truth]
+    assert mean_loss(shipped, Canvases(scenes.pictures, moved)) > 1.3 * clean
+    assert mean_loss(shipped, Canvases(scenes.pictures, other)) > 1.3 * clean
+    for kind, name in enumerate(DEGRADATIONS):
+        if name in ("blur", "noise", "blocks", "ghost"):
+            assert mean_loss(shipped, Canvases(degrade(scenes.pictures, generator, kind), scenes.truth)) > clean
+
+
+def test_a_worse_picture_gets_better_against_the_gradient_of_its_loss(shipped, renderer):
+    """Six blurred scenes, eight small steps, at the points of each one's own seed: the loss falls in all of them."""
+    generator = torch.Generator().manual_seed(79)
+    scenes = scene_canvases(renderer, draw_specs(6, held_out_mask(), generator), generator)
+    x, seeds = degrade(scenes.pictures, generator, 0), range(6)
+    begin = shipped(x, scenes.truth, seeds).detach()
+    for _ in range(8):
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(shipped(x, scenes.truth, seeds).sum(), x)
+        x = (x - 0.1 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).detach()
+    assert bool((shipped(x, scenes.truth, seeds) < begin).all())

@@ -6,8 +6,7 @@ from trainer.pretrain.canvases import Canvases
 from trainer.rewards.structure import Found, InstanceLoss, Instances
 
 OVERLAP = 0.5
-"""From which intersection over union a mask counts as that instance's, as in COCO's AP50; and from which score a
-proposal counts as made."""
+"""From which intersection over union a mask counts as that instance's, as in COCO's AP50."""
 
 
 def iou(masks: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -19,13 +18,14 @@ def iou(masks: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def found_figures(found: Found, truth: list[Instances]) -> dict[str, float]:
-    """Over all instances: how many there are; the mean of their best overlap with a proposal of a score of a half (0
-    where there is none); of those with an overlap of a half, the share whose best proposal says the right class; and
-    the average precision at an overlap of a half, all classes in one list."""
+    """Over all instances: how many there are; the mean of their best overlap with a proposal that is more likely
+    something than nothing (0 where there is none); of those with an overlap of a half, the share whose best proposal
+    says the right class; and the average precision at an overlap of a half, all classes in one list."""
     overlaps, right, hits, scores = [], [], [], []
-    for masks, classes, score, known in zip(found.masks, found.classes, found.scores, truth, strict=True):
+    proposals = zip(found.masks, found.classes, found.present, found.scores, truth, strict=True)
+    for masks, classes, present, score, known in proposals:
         overlap = iou(known.masks, masks)
-        best, place = torch.where(score >= OVERLAP, overlap, -1.0).max(1)
+        best, place = torch.where(present > 0.5, overlap, -1.0).max(1)
         overlaps.append(best.clamp(min=0))
         right.append(classes[place] == known.classes)
         hits.append(_hits(overlap, classes, score, known.classes))

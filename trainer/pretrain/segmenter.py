@@ -42,7 +42,7 @@ class SegmenterConfig:
 
     base: str = "builtin"
     seed: int = 0
-    batch: int = 48
+    batch: int = 24
     held_out: int = 256
     steps: int = 25
     few_steps: int = 2
@@ -54,7 +54,7 @@ class SegmenterConfig:
     points: int = 256
     schedule: Schedule = field(
         default_factory=lambda: Schedule(
-            steps=3000, lr=1e-3, cooldown=1000, warmup=200, ema_decay=0.995, weight_decay=0.05, bf16=False
+            steps=3710, lr=1.5e-3, cooldown=1200, warmup=200, ema_decay=0.995, weight_decay=0.05, bf16=False
         )
     )
 

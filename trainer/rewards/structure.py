@@ -33,11 +33,12 @@ class Instances:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a segmenter proposes, Q times a picture: masks bool [N, Q, H, W], classes int64 [N, Q], and how sure it is
-    that there is something and that it is this, float32 [N, Q] in [0, 1]."""
+    """What a segmenter proposes, Q times a picture: masks bool [N, Q, H, W], classes int64 [N, Q], and probabilities
+    float32 [N, Q] that there is something (`present`), and that it is of this class (`scores`)."""
 
     masks: torch.Tensor
     classes: torch.Tensor
+    present: torch.Tensor
     scores: torch.Tensor
 
 
@@ -103,9 +104,10 @@ class InstanceLoss:
         """What it sees in pictures [N, 3, H, W] in [-1, 1], in their own size."""
         with torch.autocast(images.device.type, enabled=False):
             out = self._model(pixel_values=normalise(images.float(), self._mean, self._std))
-        scores, classes = out.class_queries_logits.softmax(2)[..., :-1].max(2)  # the last class is "nothing"
+        chances = out.class_queries_logits.softmax(2)[..., :-1]  # the last class is "nothing"
+        scores, classes = chances.max(2)
         masks = torch.nn.functional.interpolate(out.masks_queries_logits, images.shape[2:], mode="bilinear")
-        return Found(masks > 0, classes, scores)
+        return Found(masks > 0, classes, chances.sum(2), scores)
 
     def _one(self, pixels: torch.Tensor, known: Instances, seed: int) -> torch.Tensor:
         if not len(known.classes):
