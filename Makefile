@@ -6,17 +6,18 @@ TORCH_PIP ?=
 OUT ?= out
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DRAWN := --grid --enlarge 4 --seed 7 --num-images 4 \
+  --prompt "a fox on a blue background" --prompt "a strawberry on a yellow background" \
+  --prompt "a sunflower on a purple background" --prompt "a hamburger on a green background"
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test lint install-demo install-dev peer-optimum peer-openvino clean
 
 demo: $(VENV)/.demo
-	$(BIN)/hypersd-export --target onnx --out $(OUT)/demo --overwrite
-	$(BIN)/hypersd-generate $(OUT)/demo --grid --enlarge 4 --out $(OUT)/demo.png --seed 7 \
-	  --prompt "a fox on a blue background" --prompt "a strawberry on a yellow background" \
-	  --prompt "a sunflower on a purple background" --prompt "a hamburger on a green background" \
-	  --num-images 4
-	@echo "bundle: $(OUT)/demo    picture: $(OUT)/demo.png"
+	$(BIN)/hypersd-export --target onnx --steps 1,4 --out $(OUT)/demo --overwrite
+	$(BIN)/hypersd-generate $(OUT)/demo --steps 1 --out $(OUT)/demo.png $(DRAWN)
+	$(BIN)/hypersd-generate $(OUT)/demo --steps 4 --out $(OUT)/demo-4.png $(DRAWN)
+	@echo "bundle: $(OUT)/demo    pictures: $(OUT)/demo.png in one step, $(OUT)/demo-4.png in four"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -13,6 +13,8 @@ from hypersd_export.model.base import open_base
 from hypersd_export.model.files import read_header
 from hypersd_export.model.lora import read_lora
 from trainer.distill.config import RECIPES
+from trainer.distill.recipes import feedback_builtin, score_builtin
+from trainer.whole import UNIFIED_STEPS
 
 CARD = builtin.card()
 FILES = {int(steps): builtin.model_dir().parent / name for steps, name in CARD["lora"].items()}
@@ -54,16 +56,25 @@ def test_its_plans_lie_on_the_grid_of_its_last_stage(shipped):
 
 
 def test_it_was_made_by_the_recipe_of_its_name(shipped):
-    """The stages are those that `hypersd-train tscd --recipe builtin` runs today, and nothing names a machine."""
+    """The stages are those that `hypersd-train all --recipe builtin` runs today, and nothing names a machine.
+
+    The unified LoRA's score distillation was a chain of runs of one stage each, of which it names the last.
+    """
     steps, lora = shipped
-    made, now = json.loads(lora.metadata["hypersd.recipe"]), RECIPES["builtin"]()
+    made, tscd = json.loads(lora.metadata["hypersd.recipe"]), RECIPES["builtin"]()
+    now = score_builtin() if steps == 1 else tscd
+    stages = now.stages[-1:] if steps == 1 else now.stages
     assert [(s["segments"], s["points"], s["steps"], s["lr"], s["w_mse"], s["w_adv"]) for s in made["stages"]] == [
-        (s.segments, s.points, s.steps, s.lr, s.w_mse, s.w_adv) for s in now.stages
+        (s.segments, s.points, s.steps, s.lr, s.w_mse, s.w_adv) for s in stages
     ]
-    settings = ("distance", "edge_share", "ema_decay", "batch")
+    settings = ("method", "distance", "edge_share", "ema_decay", "batch", "warmup", "cooldown")
     assert [made[name] for name in settings] == [getattr(now, name) for name in settings]
-    done = [stage.steps for stage in now.stages if stage.segments >= steps]
-    assert lora.metadata["hypersd.steps"] == str(sum(done))
+    done = sum(stage.steps for stage in tscd.stages if stage.segments >= steps)
+    if steps == 1:
+        assert tuple(made["score"]["steps"]) == UNIFIED_STEPS
+        assert made["adversarial"]["real"] == now.adversarial.real
+        done += sum(stage.steps for stage in (*feedback_builtin().stages, *now.stages))
+    assert lora.metadata["hypersd.steps"] == str(done)
     assert "/" not in "".join(lora.metadata.values()).replace("</w>", "")
 
 
