@@ -15,8 +15,8 @@ from hypersd_export.targets.coreml import QUANTIZED, vendor
 
 COMPRESSED = (Component.TEXT_ENCODER.value, Component.UNET.value, PIPELINE)
 """What is compressed; not the VAE, which is small, and the first to show it."""
-TEXT_FORM = "8"
-"""What the text encoder gets where the UNet's palettes are mixed: eight bits cost it next to nothing."""
+TEXT_FORM = "int8"
+"""What the text encoder gets where the UNet's palettes are mixed: as large as palettes of 8 bits, and nearer."""
 _CODE = ("targets/coreml", "coreml_worker.py", "coreml_compress.py", "coreml_mixed.py", "verify")
 
 

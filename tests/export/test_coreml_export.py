@@ -236,8 +236,8 @@ def test_mixed_palettes_within_a_budget(coreml_spec, done, tmp_path, monkeypatch
     flags = CoreMLFlags(size_budget=0.75)
     mixed = export(replace(coreml_spec, coreml=flags, out=tmp_path / "mixed", verify=False), isolate=False)
     record = mixed.manifest.targets["coreml"]
-    unet, text = (record["components"][name]["palettes"] for name in ("unet", "text_encoder"))
-    assert (record["size_budget"], unet["budget"], unet["by"], text["bits"]) == (0.75, 0.75, "block", 8)
+    unet, text = record["components"]["unet"]["palettes"], record["components"]["text_encoder"]["integers"]
+    assert (record["size_budget"], unet["budget"], unet["by"], text["form"]) == (0.75, 0.75, "block", "int8")
     assert record["components"]["unet"]["bytes"] <= 0.75 * whole["unet"]["bytes"]
     assert 10 < unet["measured_db"] < 60
     assert psnr(*(np.asarray(interpreted(each)("a cat", seed=3, steps=2).images[0]) for each in (mixed, done))) > 15
