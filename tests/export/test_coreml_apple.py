@@ -118,7 +118,7 @@ class Interpreter:
 
     name = "interpreter"
 
-    def load(self, package, digest, units):
+    def load(self, package, digest, units, function=None):
         assert digest == digest_tree(package)
         graph = InterpretedGraph(package=open_package(package))
         return SimpleNamespace(inputs=graph.inputs, outputs=graph.outputs, predict=lambda feeds: graph.run(**feeds))

@@ -79,9 +79,9 @@ def test_a_unit_that_is_wrong_or_refuses_fails_alone(tmp_path: Path, monkeypatch
     """Not by a stub: one unit adds a tenth to all it computes, another does not load."""
 
     class Half(FakeMac):
-        def load(self, package: Path, digest: str, units: str) -> Any:
+        def load(self, package: Path, digest: str, units: str, function: str | None = None) -> Any:
             self.spoil = 0.1 if units == "cpu-and-ne" else 0.0
-            return super().load(package, digest, units)
+            return super().load(package, digest, units, function)
 
     monkeypatch.setattr(mac, "open_device", lambda: Half(refuse=("cpu-and-gpu",)))
     out = tmp_path / "out"
