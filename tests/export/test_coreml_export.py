@@ -222,6 +222,7 @@ def test_palettes_are_held_against_torch_and_told(coreml_spec, done, tmp_path, m
     assert interpreted(small).golden().passed
 
 
+@pytest.mark.slow
 def test_mixed_palettes_within_a_budget(coreml_spec, done, tmp_path, monkeypatch):
     tasks = []
 

@@ -135,6 +135,7 @@ def in_this_process(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_a_loud_unet_is_exported_with_scales_and_fails_without(tiny_spec, loud_unet, tmp_path, monkeypatch, in_process):
     asked = in_this_process(monkeypatch)
     spec = replace(

@@ -71,7 +71,7 @@ def test_an_export_is_torchs(base, tiny_spec, tmp_path, monkeypatch):
     assert parity["image"]["psnr_db"] > 45
 
 
-@pytest.mark.parametrize("component", [Component.TEXT_ENCODER, Component.UNET])
+@pytest.mark.parametrize("component", [Component.TEXT_ENCODER, pytest.param(Component.UNET, marks=pytest.mark.slow)])
 def test_apples_layout_is_torchs(component, base, tmp_path):
     source = SourceRequest(base=str(base))
     shapes = Shapes(
