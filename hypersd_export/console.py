@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import typer
 
@@ -15,17 +15,16 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
-class Progress:
-    """Stages on standard error: a spinner where there is a terminal, one line a stage in any case."""
+class Spinner:
+    """A spinner on standard error where there is a terminal; notes are printed in any case, unless `quiet`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self.status = self.console.status("")
-        self.stage = ""
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         self.status.start()
         return self
 
@@ -35,6 +34,14 @@ class Progress:
     def note(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+class Progress(Spinner):
+    """Stages beside the spinner, and one line a stage in any case."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = ""
 
     def begin(self, stage: str) -> None:
         """Show the stage's name beside the spinner."""

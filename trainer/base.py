@@ -274,7 +274,7 @@ def _sdxl(exported: BaseModel, name: str) -> BaseModel:
         for part in SDXL_PARTS:
             folder = hub.fetch_component(name, None, part, variant=None, allow_pickle=False)
         patterns = [f"{SECOND}/model.safetensors", f"{SECOND}/model-0*-of-*.safetensors", f"{SECOND}/*.json"]
-        folder = hub._snapshot(name, None, patterns)
+        folder = hub.fetch_files(name, None, patterns)
     index = read_json(folder / "model_index.json")
     for part, wanted in (("text_encoder", "CLIPTextModel"), (SECOND, "CLIPTextModelWithProjection")):
         entry = index.get(part)

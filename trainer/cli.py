@@ -52,18 +52,11 @@ def preference(
 ) -> None:
     """Train the built-in model's preference reward on pairs that needed no human, and measure it on held-out ones."""
     _require("torch", "diffusers", "transformers", "peft", "safetensors")
-    from trainer.config import as_json, override
+    from trainer.config import override
     from trainer.pretrain.preference import NAME, PreferenceConfig, PreferenceTraining
 
     config = override(PreferenceConfig(), assignments or [])
-    typer.echo(json.dumps(as_json(config)))
-    if dry_run:
-        return
-    training = PreferenceTraining(config, out, say=typer.echo)
-    _in_fifties(training.run(), config.schedule.steps)
-    for name, share in training.figures.items():
-        typer.echo(f"held-out pairs, {name}: {share:.1%} right")
-    typer.echo(f"wrote {out / NAME}")
+    _measured(config, PreferenceTraining, out, NAME, "held-out pairs, {}: {:.1%} right", dry_run=dry_run)
 
 
 @app.command()
@@ -74,18 +67,25 @@ def segmenter(
 ) -> None:
     """Train the built-in model's instance segmenter on canvases of drawings, and measure it on held-out ones."""
     _require("torch", "diffusers", "transformers", "peft", "safetensors", "scipy")
-    from trainer.config import as_json, override
+    from trainer.config import override
     from trainer.pretrain.segmenter import FOLDER, SegmenterConfig, SegmenterTraining
 
     config = override(SegmenterConfig(), assignments or [])
+    _measured(config, SegmenterTraining, out, FOLDER, "held out, {}: {:g}", dry_run=dry_run)
+
+
+def _measured(config: Any, kind: Any, out: Path, name: str, line: str, *, dry_run: bool) -> None:
+    """A training that is measured on held-out data: print its configuration, run it, print `line` for each figure."""
+    from trainer.config import as_json
+
     typer.echo(json.dumps(as_json(config)))
     if dry_run:
         return
-    training = SegmenterTraining(config, out, say=typer.echo)
+    training = kind(config, out, say=typer.echo)
     _in_fifties(training.run(), config.schedule.steps)
-    for name, value in training.figures.items():
-        typer.echo(f"held out, {name}: {value:g}")
-    typer.echo(f"wrote {out / FOLDER}")
+    for figure, value in training.figures.items():
+        typer.echo(line.format(figure, value))
+    typer.echo(f"wrote {out / name}")
 
 
 def _in_fifties(run: Any, of_steps: int) -> None:

@@ -3,37 +3,25 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hypersd_export.console import Spinner
+
 if TYPE_CHECKING:
     from benchmarks.bench.layout import Table
 
 
-class Progress:
-    """A spinner with a line beside it where there is a terminal; notes are printed in any case, unless `quiet`."""
+class Progress(Spinner):
+    """A spinner with a line beside it, and tables."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False, quiet=quiet)
+        super().__init__(quiet=quiet)
         if not self.console.is_terminal:  # a log file: rich's 80 columns are too few
             self.console.width = 140
-        self._status = self.console.status("")
-
-    def __enter__(self) -> "Progress":
-        self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()
 
     def tell(self, text: str) -> None:
         """What is being done."""
         from rich.markup import escape
 
-        self._status.update(escape(text))
-
-    def note(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.status.update(escape(text))
 
     def table(self, table: "Table") -> None:
         """Print a table, if it has rows; every column but the first is right-aligned."""

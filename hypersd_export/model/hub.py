@@ -19,7 +19,7 @@ def looks_like_hub_id(text: str) -> bool:
 
 def fetch_configs(hub_id: str, revision: str | None) -> Path:
     """Every config and tokenizer file of a repository, without weights; the folder in the hub's cache."""
-    return _snapshot(hub_id, revision, CONFIG_FILES)
+    return fetch_files(hub_id, revision, CONFIG_FILES)
 
 
 def fetch_component(
@@ -33,15 +33,11 @@ def fetch_component(
     if allow_pickle:
         pickle_stem, _, suffix = PICKLES[name].partition(".")
         patterns.append(f"{place}{pickle_stem}{middle}.{suffix}")
-    return _snapshot(hub_id, revision, patterns)
+    return fetch_files(hub_id, revision, patterns)
 
 
 def fetch_files(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The files of a repository whose paths match; its folder in the hub's cache."""
-    return _snapshot(hub_id, revision, patterns)
-
-
-def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The files of a repository whose paths match; its folder in the hub's cache. ModelError in one line."""
     try:
         import huggingface_hub
         from huggingface_hub import errors

@@ -5,9 +5,8 @@ lacks. And a clean drawing over the same one degraded: blurred, noisy, warped, a
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,9 @@ import torch
 
 from hypersd_export.diffusion import FewStepPlan, Guidance, Solver
 from hypersd_export.errors import DataError
-from hypersd_export.model.files import read_header, read_json, read_tensors, write_tensors
-from trainer.base import TrainingBase, encode_pictures, open_training_base, schedule_of
+from hypersd_export.model.files import read_header, read_tensors, write_tensors
+from trainer.base import TrainingBase, encode_pictures, schedule_of
 from trainer.checkpoint import saved_step
-from trainer.config import as_json
 from trainer.distill.config import LoraConfig
 from trainer.distill.networks import Networks, Role
 from trainer.distill.snapshot import writing
@@ -26,9 +24,9 @@ from trainer.distill.validate import draw_pictures
 from trainer.ema import Ema
 from trainer.losses.feedback import bradley_terry
 from trainer.pretrain.degrade import DEGRADATIONS, degrade
-from trainer.pretrain.drawings import read_drawings
 from trainer.pretrain.loop import Schedule, StepResult, train
-from trainer.pretrain.scenes import SceneRenderer, draw_specs, held_out_mask
+from trainer.pretrain.measured import Measured
+from trainer.pretrain.scenes import draw_specs, held_out_mask
 from trainer.pretrain.vae import to_uint8
 from trainer.rewards.preference import PreferenceNet, save_preference
 
@@ -66,18 +64,12 @@ class Pairs:
     worse: torch.Tensor
 
 
-class PreferenceTraining:
+class PreferenceTraining(Measured):
     """The run in `out`: construct, iterate `run()`; then the preference is out/preference.safetensors, with its
     configuration and the held-out accuracies beside it as JSON, and in `figures`."""
 
-    def __init__(
-        self, config: PreferenceConfig, out: Path, *, base: TrainingBase | None = None,
-        say: Callable[[str], object] = bool,
-    ) -> None:  # fmt: skip
-        self.config, self.out, self._say = config, out, say
-        self._base = base or open_training_base(config.base)
-        self._renderer = SceneRenderer(read_drawings(), self._base.native_size)
-        self.figures: dict[str, float] = {}
+    config: PreferenceConfig
+    key = "held_out_accuracy"
 
     def run(self) -> Iterator[StepResult]:
         """Draw the pairs, or read those of an earlier start; train, or go on; measure; write. Nothing if that was done.
@@ -85,8 +77,7 @@ class PreferenceTraining:
         DataError if the pairs that are there are another configuration's.
         """
         config, allowed, record = self.config, ~held_out_mask(), self.out / RECORD
-        if record.exists() and (found := read_json(record, DataError)).get("config") == as_json(config):
-            self.figures = found["held_out_accuracy"]
+        if self._finished(record):
             return
         torch.manual_seed(config.seed)
         net = PreferenceNet(config.width)
@@ -126,9 +117,7 @@ class PreferenceTraining:
         size_px = self._base.native_size
         with writing(self.out / NAME) as partial:
             save_preference(partial, net, width=config.width, size_px=size_px, preferred=preferred)
-        record = {"config": as_json(config), "base": self._base.digest, "held_out_accuracy": self.figures}
-        with writing(self.out / RECORD) as partial:
-            partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        self._write_record(self.out / RECORD)
 
     def _drawn_pairs(
         self, count: int, allowed: np.ndarray, generator: torch.Generator, kind: int | None = None

@@ -4,27 +4,24 @@ Their masks are the drawings' own alpha. Structure feedback asks it (`trainer.re
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hypersd_export.errors import DataError, OptionError
-from hypersd_export.model.files import read_json
-from trainer.base import TrainingBase, open_training_base
+from hypersd_export.errors import OptionError
 from trainer.checkpoint import saved_step
-from trainer.config import as_json
 from trainer.distill.snapshot import disk, writing
 from trainer.ema import Ema
 from trainer.pretrain.canvases import PLACEMENTS, Canvases, draw_canvases, joined, scene_canvases
 from trainer.pretrain.concepts import CONCEPTS
 from trainer.pretrain.degrade import DEGRADATIONS, degrade
-from trainer.pretrain.drawings import read_drawings
 from trainer.pretrain.loop import Schedule, StepResult, train
+from trainer.pretrain.measured import Measured
 from trainer.pretrain.preference import Teacher
-from trainer.pretrain.scenes import SceneRenderer, draw_specs, held_out_mask
+from trainer.pretrain.scenes import draw_specs, held_out_mask
 from trainer.pretrain.segmented import found_figures, mean_loss
 from trainer.rewards.preprocess import PREPROCESSOR, normalise
 from trainer.rewards.structure import IMAGENET_MEAN, IMAGENET_STD, InstanceLoss
@@ -63,25 +60,18 @@ class SegmenterConfig:
             raise OptionError(f"batch {self.batch}: must be a multiple of {len(PLACEMENTS)}, a third for each number")
 
 
-class SegmenterTraining:
+class SegmenterTraining(Measured):
     """The run in `out`: construct, iterate `run()`; then out/segmenter is a folder of transformers (float16), with its
     configuration and the held-out figures beside the weights as JSON, and in `figures`."""
 
-    def __init__(
-        self, config: SegmenterConfig, out: Path, *, base: TrainingBase | None = None,
-        say: Callable[[str], object] = bool,
-    ) -> None:  # fmt: skip
-        self.config, self.out, self._say = config, out, say
-        self._base = base or open_training_base(config.base)
-        self._renderer = SceneRenderer(read_drawings(), self._base.native_size)
-        self.figures: dict[str, float] = {}
+    config: SegmenterConfig
+    key = "held_out"
 
     def run(self) -> Iterator[StepResult]:
         """Train, or go on; write; measure what was written. Nothing if that was done."""
         config, folder = self.config, self.out / FOLDER
         record = folder / RECORD
-        if record.exists() and (found := read_json(record, DataError)).get("config") == as_json(config):
-            self.figures = found["held_out"]
+        if self._finished(record):
             return
         torch.manual_seed(config.seed)
         net = segmenter(config, self._base.native_size)
@@ -103,9 +93,7 @@ class SegmenterTraining:
         save_segmenter(ema.module, folder)
         self._say("measuring on held-out combinations")
         self.figures = self._measure(InstanceLoss(folder))
-        with writing(record) as partial:
-            written = {"config": as_json(config), "base": self._base.digest, "held_out": self.figures}
-            partial.write_text(json.dumps(written, indent=1), encoding="utf-8")
+        self._write_record(record)
 
     def _canvases(self, each: int, allowed: Any, generator: torch.Generator) -> Canvases:
         """So many with one drawing, with two and with three."""
