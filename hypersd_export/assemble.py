@@ -31,7 +31,7 @@ def assemble(job: Job, built: Sequence[Built], bundle: Path) -> None:
         for name, source in each.files.items():
             _copy(source, bundle / name)
     call = diffusers_scheduler(job.plans.default.plan)
-    job.source.base.write_tokenizer(bundle / "tokenizer")
+    job.source.base.write_tokenizers(bundle)
     if (bundle / Component.UNET / MODEL_FILE).is_file():
         index = job.source.base.model_index()
         index["scheduler"] = ["diffusers", call.class_name]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_export.bundle.cache import Stage
+from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.clock import Clock
 from hypersd_export.graphs.spec import Component
 from hypersd_export.job import Job, code_digests, tool_versions
@@ -161,7 +162,7 @@ class Workshop:
         def build(folder: Path) -> None:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 graphs = {component: stage.path / MODEL_FILE for component, stage in components.items()}
-                drawing = _drawing(self.job, Path(scratch) / "tokenizer")
+                drawing = _drawing(self.job, Path(scratch))
                 found = range_scan.scan(graphs, drawing, Path(scratch), self.clock.reporter.detail)
             _write_json(folder / "ranges.json", {name: ranges.to_json() for name, ranges in found.items()})
 
@@ -212,7 +213,7 @@ def build_component(job: Job, component: Component, precision: str, folder: Path
     if half:
         onnx_fp16.check_weights(module.half(), component)
     guidance = job.embedded_guidance if component is Component.UNET else None
-    config = component_config(component, module, job.shapes)
+    config = component_config(component, module, job.shapes) | job.source.base.marks(component.source)
     graph = build_graph(component, module, job.shapes, embedded_guidance=guidance)
     build = onnx_fp16.build if half else onnx.build
     built = build(graph, folder, opset=job.spec.opset)
@@ -235,15 +236,17 @@ def keep_ops(raw: Path, names: Sequence[str], folder: Path) -> None:
 
 
 def _drawing(job: Job, scratch: Path) -> Drawing:
-    """What the range scan draws: the export's prompt and others, by the bundle's own tokenizer."""
+    """What the range scan draws: the export's prompt and others, by the bundle's own tokenizers."""
     from hypersd_export.runtime.tokenizer import load_tokenizer
 
-    job.source.base.write_tokenizer(scratch)
-    tokenizer = load_tokenizer(scratch, length=job.shapes.tokens)
+    job.source.base.write_tokenizers(scratch)
+    texts, encoders = (*range_scan.scan_prompts(job.prompt), ""), encoders_of(job.source.configs)
+    tokenizers = [load_tokenizer(scratch / encoder.tokenizer, length=job.shapes.tokens) for encoder in encoders]
     wiring = job.wiring
     return Drawing(
-        prompts=range_scan.encode_prompts(tokenizer.encode, range_scan.scan_prompts(job.prompt)),
-        negative=tokenizer.encode(""),
+        encoders=encoders,
+        ids=tuple(range_scan.encode_prompts(tokenizer.encode, texts) for tokenizer in tokenizers),
+        zero_empty=job.source.base.zero_empty,
         plans=job.plans,
         shapes=job.shapes,
         scaling_factor=wiring.scaling_factor,

@@ -149,7 +149,7 @@ def in_pipeline(names: Collection[str], blocked: Mapping[Component, Collection[s
     wanted = {part.value: set(found) for part, found in blocked.items()}
     for name in names:
         part, _, rest = name.partition(".")
-        if part == Component.TEXT_ENCODER:  # text_encoder.prompt.NODE
+        if part.startswith(Component.TEXT_ENCODER):  # text_encoder.prompt.NODE
             _, _, rest = rest.partition(".")
         number = rest.rpartition(".")  # a part that stands there again has .2 behind each name
         original = number[0] if number[2].isdecimal() and rest not in wanted.get(part, ()) else rest

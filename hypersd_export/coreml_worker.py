@@ -102,7 +102,7 @@ class Conversion:
             module, _ = replace(source, loras=()).load(part, torch.float32)
             loras = [(lora.components[part], scale) for lora, scale in source.loras_of(part)]
             keep_apart(module, loras, component=part)
-        config = component_config(self.component, module, self.shapes)
+        config = component_config(self.component, module, self.shapes) | source.base.marks(self.component.source)
         use_attention(module, self.attention)
         scale_norms(module, self.scales)
         graph = build_graph(self.component, module, self.shapes, embedded_guidance=self.embedded_guidance)
@@ -172,7 +172,7 @@ class Joining:
             progress(f"loading {part}")
             module, reports = source.load(part.source, torch.float32)
             fused += reports
-            config = component_config(part, module, self.shapes)
+            config = component_config(part, module, self.shapes) | source.base.marks(part.source)
             (folder / part).mkdir()
             (folder / part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if part is Component.UNET:

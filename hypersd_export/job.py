@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from hypersd_export import __version__
 from hypersd_export.bundle.cache import StageCache, default_cache_dir
 from hypersd_export.bundle.digest import digest_tree, sha256_file
+from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.diffusion import LORA_METADATA_KEY, GuidanceKind, PlanFile
 from hypersd_export.diffusion.apple import APPLE_DPMPP, MAX_EXACT_STEPS, apple_timesteps, plays_exactly
 from hypersd_export.errors import MissingBackend, OptionError, PlanError
 from hypersd_export.graphs.spec import Component, Shapes, resolve_shapes
 from hypersd_export.model.files import public_name
+from hypersd_export.model.tokenizer import empty_prompt
 from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, describe, lora_origin
 from hypersd_export.refit import check_same_base
 from hypersd_export.spec import BUILTIN, ExportSpec, PlanFlags
 from hypersd_export.targets import Target
-from hypersd_export.verify.source import COMPONENTS, Source, SourceRequest, open_source
+from hypersd_export.verify.source import Source, SourceRequest, open_source
 
 if TYPE_CHECKING:
     from hypersd_export.targets.onnx_pipeline import Wiring
@@ -57,7 +59,8 @@ class Job:
     @property
     def components(self) -> tuple[Component, ...]:
         """What is built: a single graph starts from noise, so that it has no use for the VAE's encoder."""
-        return tuple(c for c in Component if not (self.spec.single_graph and c is Component.VAE_ENCODER))
+        there = (c for c in Component if c.source in self.source.base.parts)
+        return tuple(c for c in there if not (self.spec.single_graph and c is Component.VAE_ENCODER))
 
     @property
     def wiring(self) -> "Wiring":
@@ -68,7 +71,15 @@ class Job:
         return Wiring(
             table=entry.table, guidance=entry.plan.guidance, shapes=self.shapes, unroll=self.spec.unroll,
             scaling_factor=self.source.base.scaling_factor, shift_factor=float(vae.get("shift_factor") or 0.0),
+            encoders=encoders_of(self.source.configs), empty=self._empty(),
         )  # fmt: skip
+
+    def _empty(self) -> tuple[tuple[int, ...], ...]:
+        """The ids of an empty prompt for each text encoder, where they mean zeros."""
+        if not self.source.base.zero_empty:
+            return ()
+        tokenizers = self.source.base.tokenizers.values()
+        return tuple(tuple(empty_prompt(each, self.shapes.tokens)) for each in tokenizers)
 
     def compose_depends(self, parts: Mapping[Component, str]) -> dict[str, Any]:
         """All that the single graph depends on; `parts` are the cache keys of its components."""
@@ -96,11 +107,14 @@ class Job:
     def component_depends(self, target: Target, component: Component, precision: str | None = None) -> dict[str, Any]:
         """All that one exported component depends on; `precision` None is the target's."""
         shapes = self.shapes.to_json()
+        no_picture = ("unet_batch", "channels", "latent_height", "latent_width", "vae_scale")
+        no_text = ("unet_batch", "tokens", "text_width", "pooled")
         unused = {
-            Component.TEXT_ENCODER: ("unet_batch", "channels", "latent_height", "latent_width", "vae_scale"),
+            Component.TEXT_ENCODER: no_picture,
+            Component.TEXT_ENCODER_2: no_picture,
             Component.UNET: ("batch", "vae_scale"),
-            Component.VAE_DECODER: ("unet_batch", "tokens", "text_width"),
-            Component.VAE_ENCODER: ("unet_batch", "tokens", "text_width"),
+            Component.VAE_DECODER: no_text,
+            Component.VAE_ENCODER: no_text,
         }[component]
         loras = self.source.loras_of(component.source)
         return {
@@ -184,7 +198,7 @@ def open_job(spec: ExportSpec) -> Job:
     base = source.base
     if spec.refit_from is not None:
         check_same_base(spec.refit_from, base.digest)
-    configs = {name: base.component_config(name) for name in COMPONENTS}
+    configs = source.configs
     card = _card() if spec.base == BUILTIN else None
     clue = BaseClue(
         family=str(base.family),

@@ -1,7 +1,6 @@
 """The base model of a distillation: its name and digest, its noise schedule, its networks and its conditioning.
 
-`hypersd_export.model` finds and checks Stable Diffusion 1.x and 2.x, and names SDXL without loading it. SDXL's parts
-are found and loaded here, as strictly: every weight must be there, in safetensors, with its shape.
+`hypersd_export.model` finds, checks and loads the networks; here is what training adds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,19 +15,15 @@ import torch
 from hypersd_export.diffusion import BetaSchedule, NoiseSchedule, PredictionType, Solver
 from hypersd_export.diffusion.scheduler_config import CLASS_DEFAULTS, SOLVER_CLASSES
 from hypersd_export.errors import ModelError, OptionError, PlanError
-from hypersd_export.model import hub
 from hypersd_export.model.base import BaseModel, open_base
 from hypersd_export.model.families import Family
-from hypersd_export.model.files import check_weights, exists, read_json, sha256_files, user_path
-from hypersd_export.model.folder import component, locate_weights
+from hypersd_export.model.files import sha256_files
 from trainer.batch import Conditioning, cat
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
 DISTILLABLE = (Family.sd15, Family.sd21, Family.sdxl)
-SDXL_PARTS = ("unet", "vae", "text_encoder")  # those that the exporter's loader knows; text_encoder_2 is not one
-SECOND = "text_encoder_2"
 CAPTIONS_AT_ONCE = 64
 
 
@@ -91,11 +86,9 @@ def _run(tokenizer: Any, encoder: Any, captions: list[str], *, hidden: bool = Fa
 class TrainingBase:
     """A base model that was found and checked, not loaded. Every `load_*` loads anew, in eval mode, without gradients.
 
-    `exported` is what `hypersd-export` sees, and gives name and digest; `model` has the parts that are loaded, which
-    is the same object except for SDXL. alphas_cumprod: float64 [T].
+    `model` is what `hypersd-export` sees. alphas_cumprod: float64 [T].
     """
 
-    exported: BaseModel
     model: BaseModel
     alphas_cumprod: torch.Tensor
     prediction_type: PredictionType
@@ -103,20 +96,17 @@ class TrainingBase:
     @property
     def name(self) -> str:
         """`builtin`, the hub id, or the folder's or file's name."""
-        return self.exported.name
+        return self.model.name
 
     @property
     def family(self) -> Family:
         """sd15 (the built-in model too), sd21 or sdxl."""
-        return self.exported.family
+        return self.model.family
 
     @property
     def digest(self) -> str:
-        """Hex sha256, the one by which `hypersd-export` recognises the base that a LoRA was trained on.
-
-        For SDXL it covers what the exporter reads of it: configs and the first tokenizer, not the weights.
-        """
-        return self.exported.digest
+        """Hex sha256, the one by which `hypersd-export` recognises the base that a LoRA was trained on."""
+        return self.model.digest
 
     @property
     def native_size(self) -> int:
@@ -126,9 +116,7 @@ class TrainingBase:
     @property
     def zero_empty(self) -> bool:
         """Whether the empty prompt is zeros (SDXL's `force_zeros_for_empty_prompt`, diffusers' default True)."""
-        if self.family is not Family.sdxl:
-            return False
-        return bool(read_json(self.model.source / "model_index.json").get("force_zeros_for_empty_prompt", True))
+        return self.model.zero_empty
 
     @cached_property
     def encoders_digest(self) -> str:
@@ -139,11 +127,8 @@ class TrainingBase:
         if self.model.source.is_file():
             files = {"checkpoint": self.model.source}
         else:
-            files = {f"{n}/{p.name}": p for n in ("vae", "text_encoder") for p in self._part_files(n)}
-            if self.family is Family.sdxl:
-                folder = self.model.source / SECOND
-                found = [folder / "config.json", *_weights(folder)]
-                files |= {f"{SECOND}/{p.name}": p for p in found}
+            names = [name for name in self.model.parts if name != "unet"]
+            files = {f"{name}/{p.name}": p for name in names for p in self._part_files(name)}
         for place in filter(None, self._tokenizer_folders()):
             files |= {f"{place.name}/{p.name}": p for p in sorted(place.iterdir()) if p.is_file()}
         return sha256_files(files.items())
@@ -165,9 +150,8 @@ class TrainingBase:
 
     def prompt_encoder(self, dtype: torch.dtype) -> PromptEncoder:
         """The text encoder(s) with their tokenizers."""
-        encoders = [self.model.load_text_encoder(dtype)]
-        if self.family is Family.sdxl:
-            encoders.append(_load_second(self.model.source / SECOND, dtype))
+        names = [name for name in self.model.parts if name.startswith("text_encoder")]
+        encoders = [self.model.load(name, dtype) for name in names]
         tokenizers = [self._load_tokenizer(folder) for folder in self._tokenizer_folders()]
         pairs = list(zip(tokenizers, encoders, strict=True))
         return PromptEncoder(pairs, native_size=self.native_size, zero_empty=self.zero_empty)
@@ -177,8 +161,8 @@ class TrainingBase:
         return [*part.files, *([part.config_file] if part.config_file else [])]
 
     def _tokenizer_folders(self) -> list[Path | None]:
-        second = [self.model.source / "tokenizer_2"] if self.family is Family.sdxl else []
-        return [self.model.tokenizer_folder, *second]
+        second = self.model.tokenizer_2_folder
+        return [self.model.tokenizer_folder, *([] if second is None else [second])]
 
     def _load_tokenizer(self, folder: Path | None) -> Any:
         """transformers' CLIPTokenizer, so that special cases (a pad token of "!") are the pipeline's own."""
@@ -199,23 +183,19 @@ def open_training_base(name: str) -> TrainingBase:
 
     The schedule is the training one of its scheduler_config.json, whichever sampler that names.
     """
-    exported = open_base(name)
-    if exported.family not in DISTILLABLE:
+    model = open_base(name)
+    if model.family not in DISTILLABLE:
         raise ModelError(
-            f"{exported.name}: {exported.family.label} ({exported.pipeline_class}) cannot be distilled; "
+            f"{model.name}: {model.family.label} ({model.pipeline_class}) cannot be distilled; "
             "pass a Stable Diffusion 1.x, 2.x or SDXL pipeline"
         )
-    model = _sdxl(exported, name) if exported.family is Family.sdxl and exported.source.is_dir() else exported
     if not model.parts:
         raise ModelError(
-            f"{exported.name}: a {exported.family.label} single file cannot be read here; "
-            "pass its diffusers folder or hub id"
+            f"{model.name}: a {model.family.label} single file cannot be read here; pass its diffusers folder or hub id"
         )
     _check(model)
     alphas_cumprod, prediction_type = noise_schedule(model.scheduler_config, model.name)
-    return TrainingBase(
-        exported=exported, model=model, alphas_cumprod=alphas_cumprod, prediction_type=prediction_type
-    )  # fmt: skip
+    return TrainingBase(model=model, alphas_cumprod=alphas_cumprod, prediction_type=prediction_type)
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,36 +247,6 @@ def encode_pictures(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
     return latents
 
 
-def _sdxl(exported: BaseModel, name: str) -> BaseModel:
-    """The same with its parts, fetched first if `name` is a hub id."""
-    folder = exported.source
-    if not exists(user_path(name)):
-        for part in SDXL_PARTS:
-            folder = hub.fetch_component(name, None, part, variant=None, allow_pickle=False)
-        patterns = [f"{SECOND}/model.safetensors", f"{SECOND}/model-0*-of-*.safetensors", f"{SECOND}/*.json"]
-        folder = hub.fetch_files(name, None, patterns)
-    index = read_json(folder / "model_index.json")
-    for part, wanted in (("text_encoder", "CLIPTextModel"), (SECOND, "CLIPTextModelWithProjection")):
-        entry = index.get(part)
-        stated = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if stated != wanted:
-            raise ModelError(
-                f"{exported.name}: its {part} is {stated}, where {wanted} is needed; pass an SDXL base pipeline"
-            )
-    found = {part: component(folder / part, part, variant=None, allow_pickle=False) for part in SDXL_PARTS}
-    for path in _weights(folder / SECOND):
-        check_weights(path, allow_pickle=False)
-    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
-    return replace(
-        exported, source=folder, parts=found, scheduler_config=schedule, tokenizer_folder=folder / "tokenizer"
-    )  # fmt: skip
-
-
-def _weights(folder: Path) -> tuple[Path, ...]:
-    """The weight files of the second text encoder: they are named as the first one's."""
-    return locate_weights(folder, "text_encoder", variant=None, allow_pickle=False)
-
-
 def _check(model: BaseModel) -> None:
     """ModelError for a UNet or VAE whose inputs a distillation would have to invent."""
     unet, vae = model.unet_config, model.vae_config
@@ -315,24 +265,6 @@ def _check(model: BaseModel) -> None:
             )
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise ModelError(f"{model.name}: its VAE normalises by latents_mean and latents_std; pass another base")
-
-
-def _load_second(folder: Path, dtype: torch.dtype) -> Any:
-    """SDXL's second text encoder, in eval mode, without gradients; ModelError unless every weight is there."""
-    from transformers import CLIPTextModelWithProjection
-
-    try:
-        encoder, found = CLIPTextModelWithProjection.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as e:
-        raise ModelError(f"{folder}: cannot be loaded ({one_line(e)}); download it again") from e
-    missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
-    if missing:
-        raise ModelError(
-            f"{folder}: {len(missing)} tensors are missing or have another shape ({missing[0]}); download it again"
-        )
-    return encoder.eval().requires_grad_(False)
 
 
 def one_line(error: Exception) -> str:

@@ -3,14 +3,20 @@
 | graph | inputs | outputs |
 |---|---|---|
 | text_encoder | `input_ids` int64 [B, S] | `last_hidden_state` [B, S, C], `pooler_output` [B, C] |
+| text_encoder of SDXL | the same | the same, and `hidden_states.0` … `hidden_states.N` [B, S, C] of N layers |
+| text_encoder_2 | `input_ids` int64 [B, S] | `text_embeds` [B, P], `last_hidden_state`, `hidden_states.0` … |
 | unet | `sample` [U, 4, h, w], `timestep` float scalar, `encoder_hidden_states` [U, S, C] | `out_sample` |
+| unet of SDXL | the same, `text_embeds` float32 [U, P], `time_ids` float32 [U, 6] | `out_sample` |
 | vae_decoder | `latent_sample` [B, 4, h, w] (already divided by scaling_factor) | `sample` [B, 3, H, W] in [-1, 1] |
 | vae_encoder | `sample` [B, 3, H, W] in [-1, 1] | `latent_parameters` [B, 8, h, w] = mean | log-variance |
 
-The names are those of optimum-onnx's exporters (`optimum/exporters/onnx/model_configs.py`); U = 2 B under CFG.
+The names are those of optimum-onnx's exporters (`optimum/exporters/onnx/model_configs.py`); U = 2 B under CFG. SDXL's
+added inputs are float32 in every precision: they are laid beside the sinusoids of the ids, which are, before both are
+rounded.
 This file owns its torch import.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -38,6 +44,27 @@ class TextEncoderGraph(torch.nn.Module):
         return out.last_hidden_state, out.pooler_output
 
 
+class HiddenStatesGraph(torch.nn.Module):
+    """One of SDXL's text encoders, without an attention mask, as StableDiffusionXLPipeline calls it: all its states."""
+
+    def __init__(self, text_encoder: Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Token ids int64 [B, S] to the outputs of `hidden_outputs`, in their order."""
+        out = self.text_encoder(input_ids=input_ids, output_hidden_states=True, return_dict=True)
+        first = (out.text_embeds, out.last_hidden_state) if "text_embeds" in out else (out[0], out.pooler_output)
+        return *first, *out.hidden_states
+
+
+def hidden_outputs(text_encoder: Module) -> tuple[str, ...]:
+    """The names of what `HiddenStatesGraph` gives."""
+    projects = hasattr(text_encoder, "text_projection")
+    first = ("text_embeds", "last_hidden_state") if projects else ("last_hidden_state", "pooler_output")
+    return *first, *(f"hidden_states.{number}" for number in range(text_encoder.config.num_hidden_layers + 1))
+
+
 class UNetGraph(torch.nn.Module):
     """UNet2DConditionModel; a guidance embedding (LCM's `timestep_cond`) is a constant of the graph."""
 
@@ -54,6 +81,29 @@ class UNetGraph(torch.nn.Module):
         """The network's prediction [U, 4, h, w] at one timestep (a float scalar, the same for every row)."""
         out: torch.Tensor = self.unet(
             sample, timestep, encoder_hidden_states, timestep_cond=self.timestep_cond, return_dict=False
+        )[0]
+        return out
+
+
+class UNetXLGraph(torch.nn.Module):
+    """SDXL's UNet2DConditionModel, which is told of the text's pooled state and of the picture's size too."""
+
+    def __init__(self, unet: Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor,
+        time_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `UNetGraph`."""
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        out: torch.Tensor = self.unet(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
         )[0]
         return out
 
@@ -102,7 +152,7 @@ def guidance_embedding(scale: float, width: int) -> torch.Tensor:
 
 def component_config(component: Component, module: Module, shapes: Shapes) -> dict[str, Any]:
     """The component's config.json with every default explicit, without local paths; the UNet's with this size."""
-    if component is Component.TEXT_ENCODER:
+    if component in (Component.TEXT_ENCODER, Component.TEXT_ENCODER_2):
         text = module.config.to_json_string(use_diff=False)
     else:
         text = module.to_json_string()
@@ -130,8 +180,11 @@ def check_unet(unet: Module, embedded_guidance: float | None) -> None:
         )
 
 
-def _text_encoder(module: Module, shapes: Shapes, generator: torch.Generator) -> Graph:
+def _text_encoder(component: Component, module: Module, shapes: Shapes, generator: torch.Generator) -> Graph:
     ids = torch.randint(0, int(module.config.vocab_size), (shapes.batch, shapes.tokens), generator=generator)
+    if shapes.pooled:
+        inputs, outputs = {"input_ids": ids}, hidden_outputs(module)
+        return Graph(name=component, module=HiddenStatesGraph(module), inputs=inputs, output_names=outputs)
     return Graph(
         name=Component.TEXT_ENCODER,
         module=TextEncoderGraph(module),
@@ -152,16 +205,19 @@ def _unet(module: Module, shapes: Shapes, generator: torch.Generator, guidance: 
         (rows, shapes.channels, shapes.latent_height, shapes.latent_width), generator=generator, dtype=torch.float32
     )
     states = torch.randn((rows, shapes.tokens, shapes.text_width), generator=generator, dtype=torch.float32)
-    return Graph(
-        name=Component.UNET,
-        module=UNetGraph(module, condition),
-        inputs={
-            "sample": latents.to(dtype),
-            "timestep": torch.tensor(999.0, dtype=dtype),
-            "encoder_hidden_states": states.to(dtype),
-        },
-        output_names=("out_sample",),
-    )
+    inputs = {
+        "sample": latents.to(dtype),
+        "timestep": torch.tensor(999.0, dtype=dtype),
+        "encoder_hidden_states": states.to(dtype),
+    }
+    if not shapes.pooled:
+        graph: torch.nn.Module = UNetGraph(module, condition)
+    else:
+        graph = UNetXLGraph(module)
+        size = [shapes.height, shapes.width]
+        inputs["text_embeds"] = torch.randn((rows, shapes.pooled), generator=generator, dtype=torch.float32)
+        inputs["time_ids"] = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(rows, 1)
+    return Graph(name=Component.UNET, module=graph, inputs=inputs, output_names=("out_sample",))
 
 
 def _vae_decoder(module: Module, shapes: Shapes, generator: torch.Generator) -> Graph:
@@ -194,7 +250,8 @@ def build_graph(
     if component is Component.UNET:
         return _unet(module.eval(), shapes, generator, embedded_guidance)
     makers: dict[Component, Callable[[Module, Shapes, torch.Generator], Graph]] = {
-        Component.TEXT_ENCODER: _text_encoder,
+        Component.TEXT_ENCODER: functools.partial(_text_encoder, component),
+        Component.TEXT_ENCODER_2: functools.partial(_text_encoder, component),
         Component.VAE_DECODER: _vae_decoder,
         Component.VAE_ENCODER: _vae_encoder,
     }

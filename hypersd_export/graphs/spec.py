@@ -15,6 +15,7 @@ class Component(StrEnum):
     """The component folders of a bundle, in the order in which they are built."""
 
     TEXT_ENCODER = "text_encoder"
+    TEXT_ENCODER_2 = "text_encoder_2"
     UNET = "unet"
     VAE_DECODER = "vae_decoder"
     VAE_ENCODER = "vae_encoder"
@@ -41,7 +42,8 @@ class Shapes:
 
     `batch` images; `unet_batch` rows in one UNet call (2 x batch with CFG: unconditional rows first, then conditional
     ones); latents [channels, latent_height, latent_width] under a VAE of scale factor `vae_scale`; text states
-    [tokens, text_width]; images of `width` x `height` pixels.
+    [tokens, text_width] and, where there is a second text encoder, its pooled state [pooled] (else 0); images of
+    `width` x `height` pixels.
     """
 
     batch: int
@@ -52,6 +54,7 @@ class Shapes:
     vae_scale: int
     tokens: int
     text_width: int
+    pooled: int = 0
 
     @property
     def height(self) -> int:
@@ -81,23 +84,24 @@ def unet_down_factor(unet_config: Mapping[str, Any]) -> int:
 def resolve_shapes(
     configs: Mapping[str, Mapping[str, Any]], *, tokens: int, batch: int, cfg: bool, size: tuple[int, int] | None
 ) -> Shapes:
-    """Shapes from the `config.json` of text_encoder, unet and vae, and the tokenizer's length.
+    """Shapes from the `config.json` of the text encoders, unet and vae by component, and the tokenizer's length.
 
     `size` is (width, height) in pixels, or None for the UNet's own. Absent keys have diffusers' defaults.
 
     Raises `OptionError` for a size that VAE and UNet cannot divide, `ModelError` for components that do not fit.
     """
-    text, unet, vae = configs["text_encoder"], configs["unet"], configs["vae"]
+    unet, vae = configs["unet"], configs["vae"]
+    texts = [config for name, config in configs.items() if name.startswith("text_encoder")]
     scale, down = vae_scale_factor(vae), unet_down_factor(unet)
     channels, made = int(unet.get("in_channels", 4)), int(vae.get("latent_channels", 4))
     if channels != made:
         raise ModelError(
             f"the UNet takes {channels} latent channels and the VAE makes {made}: give a VAE of its kind with --vae"
         )
-    states, text_width = int(unet.get("cross_attention_dim", 1280)), int(text.get("hidden_size", 512))
+    states, text_width = int(unet.get("cross_attention_dim", 1280)), sum(int(t.get("hidden_size", 512)) for t in texts)
     if states != text_width:
         raise ModelError(
-            f"the UNet attends to states of width {states} and the text encoder makes {text_width}: "
+            f"the UNet attends to states of width {states} and the base makes ones of {text_width}: "
             "give a UNet of the base's kind with --unet"
         )
     latent_width, latent_height = _latent_size(unet) if size is None else _cells(size, scale, down)
@@ -110,6 +114,7 @@ def resolve_shapes(
         vae_scale=scale,
         tokens=tokens,
         text_width=text_width,
+        pooled=int(configs["text_encoder_2"].get("projection_dim", 512)) if "text_encoder_2" in configs else 0,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypersd_export.errors import ModelError
 from hypersd_export.model import hub, parts
-from hypersd_export.model.families import EXPORTABLE, Family, family_of_pipeline
+from hypersd_export.model.families import EXPORTABLE, SECOND_ENCODER, Family, family_of_pipeline, parts_of
 from hypersd_export.model.files import check_weights, exists, read_json, sha256_files, user_path
 from hypersd_export.model.folder import component, folder_parts, read_model_index
 from hypersd_export.model.parts import Part, shapes_of
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"
 KINDS = {"unet": "UNet", "vae": "VAE"}
+ENCODERS = {"tokenizer": "text_encoder", "tokenizer_2": SECOND_ENCODER}
+SDXL_TIME_IDS = 6
+"""What SDXL's UNet is told: height and width of the original, top and left of the crop, height and width aimed at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +46,15 @@ class BaseModel:
     license_note: str
     other_files: Mapping[str, Path] = field(default_factory=dict)  # configs beside the parts, by relative name
     tokenizer_folder: Path | None = None  # None: CLIP ViT-L/14's, from the package
+    tokenizer_2_folder: Path | None = None  # SDXL's second text encoder has one of its own, which pads with "!"
+    zero_empty: bool = False  # the empty prompt's states are zeros (SDXL's force_zeros_for_empty_prompt)
 
     def require_exportable(self) -> None:
         """ModelError, in one line, for a pipeline whose plan is known but whose graphs cannot be exported yet."""
         if self.family not in EXPORTABLE:
             raise ModelError(
                 f"{self.name}: {self.family.label} ({self.pipeline_class}) cannot be exported yet; "
-                "pass a Stable Diffusion 1.x or 2.x pipeline"
+                "pass a Stable Diffusion 1.x, 2.x or SDXL pipeline"
             )
         if not self.parts:
             raise ModelError(
@@ -62,12 +67,24 @@ class BaseModel:
                 f"{self.name}: its UNet takes {given} channels where text-to-image takes {wanted} "
                 "(an inpainting or image-conditioned model), which cannot be exported; pass a text-to-image UNet"
             )
+        known = {"addition_embed_type": "text_time"} if self.family is Family.sdxl else {}
         for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
-            if self.unet_config.get(key) is not None:
+            if self.unet_config.get(key) != known.get(key):
                 raise ModelError(
-                    f"{self.name}: its UNet needs {key}={self.unet_config[key]!r}, which cannot be exported; "
-                    "pass a Stable Diffusion 1.x or 2.x UNet"
+                    f"{self.name}: its UNet needs {key}={self.unet_config.get(key)!r}, where a UNet of "
+                    f"{self.family.label} that can be exported has {known.get(key)!r}; pass another UNet"
                 )
+        if self.family is Family.sdxl and (ids := self._time_ids()) != SDXL_TIME_IDS:
+            raise ModelError(
+                f"{self.name}: its UNet is told {ids:g} numbers of the picture where SDXL's base is told "
+                f"{SDXL_TIME_IDS} (a refiner?); pass an SDXL base UNet"
+            )
+
+    def _time_ids(self) -> float:
+        """How many numbers SDXL's UNet is told of the picture, from the width of what it embeds."""
+        config, pooled = self.unet_config, int(self._part(SECOND_ENCODER).config.get("projection_dim", 512))
+        embedded = int(config.get("projection_class_embeddings_input_dim") or 0)
+        return (embedded - pooled) / int(config.get("addition_time_embed_dim") or 256)
 
     def load_text_encoder(self, dtype: "torch.dtype") -> "CLIPTextModel":
         """The text encoder in `dtype`, in eval mode, without gradients; loaded anew at each call."""
@@ -80,6 +97,15 @@ class BaseModel:
     def load_vae(self, dtype: "torch.dtype") -> "AutoencoderKL":
         """The VAE in `dtype`, in eval mode, without gradients; loaded anew at each call."""
         return self._load("vae", dtype)
+
+    def load(self, name: str, dtype: "torch.dtype") -> "torch.nn.Module":
+        """The component of this name, as the others."""
+        module: torch.nn.Module = self._load(name, dtype)
+        return module
+
+    def marks(self, name: str) -> dict[str, Any]:
+        """What diffusers' model_index.json says of a component, which a bundle keeps in the component's config."""
+        return {"force_zeros_for_empty_prompt": self.zero_empty} if name == SECOND_ENCODER else {}
 
     def skeleton(self, name: str) -> "torch.nn.Module":
         """A component on the meta device (names and shapes without memory), to check a LoRA before any work."""
@@ -137,24 +163,43 @@ class BaseModel:
             return clip_tokenizer(positions)
         return read_tokenizer(self.tokenizer_folder, positions)
 
+    @cached_property
+    def tokenizers(self) -> dict[str, Tokenizer]:
+        """The tokenizer of each text encoder, by its folder's name."""
+        found = {"tokenizer": self.tokenizer}
+        if self.tokenizer_2_folder is not None:
+            positions = int(self._part(SECOND_ENCODER).config.get("max_position_embeddings", 77))
+            found["tokenizer_2"] = read_tokenizer(self.tokenizer_2_folder, positions)
+        return found
+
+    def write_tokenizers(self, out: Path) -> None:
+        """Write each tokenizer into the folder of its name under `out`."""
+        for name, tokenizer in self.tokenizers.items():
+            write_tokenizer(tokenizer, out / name)
+
     def write_tokenizer(self, out: Path) -> None:
         """Write vocab.json, merges.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
         write_tokenizer(self.tokenizer, out)
 
     def model_index(self) -> dict[str, Any]:
         """A model_index.json for what is exported of this base: no safety checker, no feature extractor."""
-        scheduler = str(self.scheduler_config.get("_class_name", "DDIMScheduler"))
-        return {
+        index: dict[str, Any] = {
             "_class_name": "StableDiffusionPipeline",
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", scheduler],
+            "scheduler": ["diffusers", str(self.scheduler_config.get("_class_name", "DDIMScheduler"))],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
+        }
+        if self.family is not Family.sdxl:
+            return index | {"requires_safety_checker": False, "safety_checker": [None, None]}
+        return index | {
+            "_class_name": "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": self.zero_empty,
+            SECOND_ENCODER: ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
         }
 
     @cached_property
@@ -237,14 +282,18 @@ def _open_folder(folder: Path, *, name: str, variant: str | None, allow_pickle: 
     unet_config = folder / "unet" / "config.json"
     family = family_of_pipeline(class_name, read_json(unet_config) if unet_config.is_file() else None)
     others = {"model_index.json": folder / "model_index.json"}
-    others |= {f"{p.parent.name}/{p.name}": p for s in ("scheduler", "tokenizer") for p in _files(folder / s)}
+    xl = family is Family.sdxl
+    configs = ("scheduler", "tokenizer", *(("tokenizer_2",) if xl else ()))
+    others |= {f"{p.parent.name}/{p.name}": p for s in configs for p in _files(folder / s)}
     model = BaseModel(
         name=name, source=folder, family=family, pipeline_class=class_name, parts={}, scheduler_config={},
         license_note=_license(folder), other_files=others, tokenizer_folder=folder / "tokenizer",
+        tokenizer_2_folder=folder / "tokenizer_2" if xl else None,
+        zero_empty=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )  # fmt: skip
     if family not in EXPORTABLE:
         return model
-    found = folder_parts(folder, index, variant=variant, allow_pickle=allow_pickle)
+    found = folder_parts(folder, index, parts_of(family), variant=variant, allow_pickle=allow_pickle)
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
     return _with_tokenizer(replace(model, parts=found, scheduler_config=schedule))
 
@@ -271,13 +320,15 @@ def _open_file(path: Path, *, allow_pickle: bool) -> BaseModel:
 
 def _with_tokenizer(model: BaseModel) -> BaseModel:
     """The model, once its tokenizer is readable and fits the text encoder."""
-    size = int(model.component_config("text_encoder").get("vocab_size", CLIP_SIZE))
-    highest = max(model.tokenizer.vocabulary.values(), default=-1)
-    if highest >= size:
-        raise ModelError(
-            f"{model.tokenizer_folder}: its ids go up to {highest} where the text encoder has {size} tokens; "
-            "tokenizer and text encoder are of different models"
-        )
+    for name, tokenizer in model.tokenizers.items():
+        encoder, folder = ENCODERS[name], getattr(model, f"{name}_folder")
+        size = int(model.component_config(encoder).get("vocab_size", CLIP_SIZE))
+        highest = max(tokenizer.vocabulary.values(), default=-1)
+        if highest >= size:
+            raise ModelError(
+                f"{folder}: its ids go up to {highest} where the text encoder has {size} tokens; "
+                "tokenizer and text encoder are of different models"
+            )
     return model
 
 
@@ -289,8 +340,9 @@ def _open_hub(hub_id: str, revision: str | None, *, variant: str | None, allow_p
         )
     unet_config = folder / "unet" / "config.json"
     class_name = str(read_model_index(folder)["_class_name"])
-    if family_of_pipeline(class_name, read_json(unet_config) if unet_config.is_file() else None) in EXPORTABLE:
-        for name in parts.CLASS_NAMES:
+    family = family_of_pipeline(class_name, read_json(unet_config) if unet_config.is_file() else None)
+    if family in EXPORTABLE:
+        for name in parts_of(family):
             folder = hub.fetch_component(hub_id, revision, name, variant=variant, allow_pickle=allow_pickle)
     return _open_folder(folder, name=hub_id, variant=variant, allow_pickle=allow_pickle)
 

@@ -30,7 +30,10 @@ LABELS = {
     Family.flux: "FLUX",
     Family.other: "another family",
 }
-EXPORTABLE = frozenset({Family.sd15, Family.sd21})
+EXPORTABLE = frozenset({Family.sd15, Family.sd21, Family.sdxl})
+SECOND_ENCODER = "text_encoder_2"
+PARTS = ("unet", "vae", "text_encoder")
+"""The components with weights of every pipeline here; SDXL's have a second text encoder beside them."""
 # The width of the text states, which the cross-attention's to_k and to_v read: openai/clip-vit-large-patch14,
 # OpenCLIP ViT-H, and both SDXL encoders side by side.
 CROSS_ATTENTION = {768: Family.sd15, 1024: Family.sd21, 2048: Family.sdxl}
@@ -45,6 +48,11 @@ LORA_MARKS = (
     ),
     (Family.sdxl, re.compile(r"^lora_te2_|^text_encoder_2\.|add_embedding|label_emb")),
 )
+
+
+def parts_of(family: Family) -> tuple[str, ...]:
+    """The components with weights of a pipeline of this family."""
+    return (*PARTS, SECOND_ENCODER) if family is Family.sdxl else PARTS
 
 
 def family_of_pipeline(class_name: str, unet_config: Mapping[str, Any] | None) -> Family:

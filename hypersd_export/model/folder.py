@@ -1,5 +1,6 @@
 """Pipeline folders in diffusers' format: which files each component consists of, checked before anything is loaded."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,12 @@ from hypersd_export.errors import ModelError
 from hypersd_export.model.files import check_weights, convert_hint, read_json
 from hypersd_export.model.parts import CLASS_NAMES, Part
 
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-PICKLES = {"unet": "diffusion_pytorch_model.bin", "vae": "diffusion_pytorch_model.bin"}
-PICKLES |= {"text_encoder": "pytorch_model.bin"}
+STEMS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model") | dict.fromkeys(
+    ("text_encoder", "text_encoder_2"), "model"
+)
+PICKLES = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.bin") | dict.fromkeys(
+    ("text_encoder", "text_encoder_2"), "pytorch_model.bin"
+)
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
@@ -28,11 +32,13 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     raise ModelError(f"{folder}: not a pipeline folder (no model_index.json); pass a diffusers folder or a checkpoint")
 
 
-def folder_parts(folder: Path, index: dict[str, Any], *, variant: str | None, allow_pickle: bool) -> dict[str, Part]:
-    """UNet, VAE and text encoder of a Stable Diffusion 1.x or 2.x pipeline folder."""
+def folder_parts(
+    folder: Path, index: dict[str, Any], names: Iterable[str], *, variant: str | None, allow_pickle: bool
+) -> dict[str, Part]:
+    """The components of these names of a pipeline folder."""
     parts = {}
-    for name, class_name in CLASS_NAMES.items():
-        entry = index.get(name)
+    for name in names:
+        class_name, entry = CLASS_NAMES[name], index.get(name)
         stated = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if stated != class_name:
             raise ModelError(f"{folder}: its {name} is {stated}, where {class_name} is needed; pass another pipeline")

@@ -20,7 +20,10 @@ from hypersd_export.model.ldm_names import unet_ldm_names, vae_ldm_names
 if TYPE_CHECKING:
     import torch
 
-CLASS_NAMES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+CLASS_NAMES = {
+    "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}  # fmt: skip
 # What files carry beside a component's weights: buffers of older releases, the rest of CLIP, the VAE's training loss.
 IGNORABLE = re.compile(
     r"(^|\.)(position_ids|logit_scale|(text|visual)_projection\.weight)$|(^|\.)(loss|vision_model)\."
@@ -63,7 +66,9 @@ def skeleton(part: Part) -> "torch.nn.Module":
     """The module of a part with its parameters on the meta device: names and shapes, no memory."""
     from accelerate import init_empty_weights
 
-    build = {"unet": _build_unet, "vae": _build_vae, "text_encoder": _build_text_encoder}[part.name]
+    build = {
+        "unet": _build_unet, "vae": _build_vae, "text_encoder": _build_text_encoder, "text_encoder_2": _build_second,
+    }[part.name]  # fmt: skip
     try:
         with init_empty_weights(include_buffers=False):
             return build({k: v for k, v in part.config.items() if not k.startswith("_")})
@@ -88,6 +93,12 @@ def _build_text_encoder(config: dict[str, Any]) -> "torch.nn.Module":
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig.from_dict(config))
+
+
+def _build_second(config: dict[str, Any]) -> "torch.nn.Module":
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
 
 
 def load(part: Part, dtype: "torch.dtype") -> "torch.nn.Module":
@@ -132,7 +143,7 @@ def match_names(part: Part, module: "torch.nn.Module", present: set[str]) -> dic
 
 def _diffusers_candidates(part: str, name: str) -> tuple[str, ...]:
     """The names under which releases of diffusers and transformers have saved this parameter."""
-    if part == "text_encoder":  # transformers 5.6 flattened CLIPTextModel
+    if part.startswith("text_encoder"):  # transformers 5.6 flattened CLIPTextModel
         bare = name.removeprefix("text_model.")
         return (name, bare, f"text_model.{bare}")
     if part == "vae":

@@ -92,6 +92,12 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     _dump(out / "tokenizer_config.json", config)
 
 
+def empty_prompt(tokenizer: Tokenizer, length: int) -> list[int]:
+    """The ids of "": the two ends, and padding up to `length`."""
+    start, end, pad = (tokenizer.vocabulary[name] for name in (tokenizer.start, tokenizer.end, tokenizer.pad))
+    return [start, end, *[pad] * (length - 2)]
+
+
 def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """A tokenizer.json (the `tokenizers` library's format 1.0) for a CLIP vocabulary."""
     start, end = tokenizer.vocabulary[tokenizer.start], tokenizer.vocabulary[tokenizer.end]

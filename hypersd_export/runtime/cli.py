@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from hypersd_export.runtime.pipeline import Pipeline
     from hypersd_export.runtime.result import Result
+    from hypersd_export.runtime.text import SizeHints
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -44,6 +45,7 @@ class Request:
     out: Path | None
     grid: bool
     enlarge: int
+    size_hints: "SizeHints | None" = None
 
 
 @app.command(no_args_is_help=True)
@@ -58,6 +60,15 @@ def generate(
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
     init_image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far to leave --init-image, 0 to 1; 0.6.")] = None,
+    original_size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="SDXL is told that its picture was of this size once.")
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(metavar="LEFT,TOP", help="SDXL is told that its picture was cut off here.")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="SDXL is told that its picture is of this size.")
+    ] = None,
     runtime: Annotated[
         str | None, typer.Option(help="onnx, tensorrt or coreml; the bundle's first target if not given.")
     ] = None,
@@ -87,6 +98,7 @@ def generate(
             request = Request(
                 prompts=prompts, negative_prompt=negative_prompt, guidance=guidance, steps=steps, seed=seed,
                 num_images=num_images, init_image=init_image, strength=strength, out=out, grid=grid, enlarge=enlarge,
+                size_hints=_size_hints(original_size, crop, target_size),
             )  # fmt: skip
             check_out(request)
         from hypersd_export.runtime.pipeline import Pipeline
@@ -117,6 +129,28 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise OptionError(f"--prompt-file {path} has no prompt: write one a line")
     return prompts
+
+
+def _size_hints(original: str | None, crop: str | None, target: str | None) -> "SizeHints | None":
+    """What SDXL is told, None where nothing is said."""
+    if original is None and crop is None and target is None:
+        return None
+    from hypersd_export.runtime.text import SizeHints
+
+    left, top = _pair("--crop", crop, ",") or (0, 0)
+    sizes = {"original": _pair("--original-size", original, "x"), "target": _pair("--target-size", target, "x")}
+    return SizeHints(crop=(left, top), **sizes)
+
+
+def _pair(option: str, text: str | None, between: str) -> tuple[int, int] | None:
+    """Two whole numbers of an option."""
+    if text is None:
+        return None
+    first, _, second = text.lower().partition(between)
+    try:
+        return int(first), int(second)
+    except ValueError:
+        raise OptionError(f"{option} {text}: two whole numbers with {between!r} between them") from None
 
 
 def _slug(prompt: str) -> str:
@@ -213,6 +247,7 @@ def _generate(pipeline: "Pipeline", request: Request, as_json: bool, opened: flo
                 num_images=request.num_images,
                 init_image=init,
                 strength=0.6 if request.strength is None else request.strength,
+                size_hints=request.size_hints,
             )
             results.append(result)
     written = time.perf_counter()

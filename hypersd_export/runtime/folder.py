@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hypersd_export.bundle.texts import SECOND, Encoder, encoders_of
 from hypersd_export.diffusion.planfile import PlanFile
 from hypersd_export.errors import BundleError, HypersdError
 
@@ -28,6 +29,11 @@ class Folder:
     def config(self, component: str) -> dict[str, Any]:
         """A component's config.json; BundleError if it cannot be read."""
         return read_object(self.path / component / "config.json")
+
+    def encoders(self) -> tuple[Encoder, ...]:
+        """The text encoders; BundleError if a configuration cannot be read."""
+        names = [name for name in ("text_encoder", SECOND) if (self.path / name).is_dir()]
+        return encoders_of({name: self.config(name) for name in names} if len(names) > 1 else {})
 
     def value(self, component: str, key: str) -> Any:
         """An entry of a component's config.json that has to be there; BundleError otherwise."""

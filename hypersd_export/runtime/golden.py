@@ -107,13 +107,17 @@ def reproduce(pipeline: "Pipeline") -> GoldenReport:
     folder = pipeline.folder.own / "golden"
     golden = _golden(folder)
     entry = pipeline.plans.for_steps(golden["steps"])
-    texts = {"prompt_ids.npy": golden["prompt"]}
+    texts = {"prompt_ids": golden["prompt"]}
     weight = None
     if entry.plan.guidance.kind is GuidanceKind.CFG:
-        texts = {"negative_ids.npy": golden["negative_prompt"], **texts}
+        texts = {"negative_ids": golden["negative_prompt"], **texts}
         weight = entry.plan.guidance.scale if golden["guidance"] is None else float(golden["guidance"])
-    ids = [pipeline.tokenizer.encode(text) for text in texts.values()]
-    ids_equal = all(np.array_equal(mine, _array(folder, name, (1, -1))) for mine, name in zip(ids, texts, strict=True))
+    ids = [pipeline.texts.ids(text) for text in texts.values()]
+    ids_equal = all(
+        np.array_equal(mine, _array(folder, f"{name}{encoder.suffix}.npy", (1, -1)))
+        for name, rows in zip(texts, ids, strict=True)
+        for encoder, mine in zip(pipeline.texts.all, rows, strict=True)
+    )
     shape = pipeline.latent_shape
     noise = _array(folder, "initial_noise.npy", (1, *shape)).astype(np.float32)
     streams = entry.table.noise_streams
@@ -121,7 +125,7 @@ def reproduce(pipeline: "Pipeline") -> GoldenReport:
     if streams:
         stored = _array(folder, "step_noise.npy", (len(streams), 1, *shape)).astype(np.float32)
         fresh = dict(zip(streams, stored, strict=True))
-    latents, pixels = pipeline.draw(entry, ids, weight, noise, fresh.__getitem__)
+    latents, pixels = pipeline.draw(entry, ids, weight, noise, fresh.__getitem__, pipeline.time_ids())
     expected = _array(folder, "latents.npy", latents.shape)
     return GoldenReport(
         psnr_db=psnr(pixels[0], _picture(folder / golden["expected"])),

@@ -29,14 +29,16 @@ from hypersd_export.diffusion.planfile import PlanEntry, PlanFile
 from hypersd_export.diffusion.sampling import run, start_sample
 from hypersd_export.diffusion.table import start_row
 from hypersd_export.errors import BundleError, OptionError, PlanError
+from hypersd_export.runtime.encoders import TextEncoders
 from hypersd_export.runtime.folder import Folder
 from hypersd_export.runtime.graph import Run, Runtime, filled
 from hypersd_export.runtime.groups import groups
 from hypersd_export.runtime.images import to_image, to_sample, to_uint8
-from hypersd_export.runtime.result import Float, Guide, Result
+from hypersd_export.runtime.result import Float, Result
 from hypersd_export.runtime.runtimes import open_runtime
 from hypersd_export.runtime.single import SingleGraph
-from hypersd_export.runtime.tokenizer import Tokenizer, load_tokenizer
+from hypersd_export.runtime.text import Guide, Ids, SizeHints
+from hypersd_export.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from hypersd_export.runtime.golden import GoldenReport
 
 StepNoise = Callable[[int], Float]
-
-_UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states"}
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class Pipeline:
     """Images at once where the graphs leave that open."""
     function: str | None = None
     """Which one, where packages have several; None is the default."""
-    _tokenizer: Tokenizer | None = None
+    _texts: TextEncoders | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -152,6 +152,7 @@ class Pipeline:
         init_image: "Image | None" = None,
         strength: float = 0.6,
         noise: Float | None = None,
+        size_hints: SizeHints | None = None,
     ) -> Result:
         """Make pictures of one prompt.
 
@@ -165,6 +166,7 @@ class Pipeline:
             init_image: start from this picture (image-to-image) instead of from noise alone.
             strength: how much of the way is walked from `init_image`: the last ⌊steps * strength⌋ rows.
             noise: standard normal [num_images, C, h, w] in place of the seed's initial noise.
+            size_hints: what SDXL is told of the picture's size; that it is what it is if None.
 
         Raises:
             OptionError: a value that is out of range, or has no effect with this plan.
@@ -176,22 +178,25 @@ class Pipeline:
             raise OptionError(f"num_images {num_images}: must be at least 1")
         if init_image is not None and self.is_single_graph:
             raise OptionError("an initial image: a single graph starts from noise; export without --single-graph")
+        if size_hints is not None and not self.texts.told_size:
+            raise OptionError("original size, crop and target size are what SDXL is told; leave them out here")
         start = 0 if init_image is None else self._start(entry, strength)
         self._seconds = {}
         texts = [prompt] if weight is None else [negative_prompt, prompt]
         with self._timed("pipeline" if self.is_single_graph else "text_encoder"):
-            ids = [self.tokenizer.encode(text) for text in texts]
+            ids = [self.texts.ids(text) for text in texts]
         with self._timed("pipeline" if self.is_single_graph else "unet"):  # it is loaded here
             shape = self.latent_shape
+        time_ids = self.time_ids(size_hints)
         noise = self._initial_noise(seed, num_images, noise)
 
         def fresh(stream: int) -> Float:
             return np.stack([step_noise(seed=seed, index=i, step=stream, shape=shape) for i in range(num_images)])
 
         if init_image is None:
-            latents, pixels = self.draw(entry, ids, weight, noise, fresh)
+            latents, pixels = self.draw(entry, ids, weight, noise, fresh, time_ids)
         else:
-            guide = self._guide(ids, weight)
+            guide = self._guide(ids, weight, time_ids)
             x = start_sample(entry.table, start=start, latents=self._image_latents(init_image), noise=noise)
             latents = self.sample(entry, x.astype(np.float32), guide, fresh, start=start)
             pixels = self.decode(latents)
@@ -208,58 +213,51 @@ class Pipeline:
         )
 
     @property
+    def texts(self) -> TextEncoders:
+        """The bundle's text encoders and tokenizers."""
+        if self._texts is None:
+            tokens = self._whole().tokens if self.is_single_graph else None
+            self._texts = TextEncoders(folder=self.folder, runtime=self.runtime, tokens=tokens)
+        return self._texts
+
+    @property
     def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer, at the length that the text encoder reads."""
-        if self._tokenizer is None:
-            if self.is_single_graph:
-                length: int | None = self._whole().tokens
-            else:
-                length = self.runtime.graph("text_encoder").inputs["input_ids"].shape[1]
-            if length is None:
-                length = self.folder.config("text_encoder").get("max_position_embeddings")
-            self._tokenizer = load_tokenizer(self.path / "tokenizer", length=length)
-        return self._tokenizer
+        """The first text encoder's tokenizer."""
+        return self.texts.tokenizer(self.texts.all[0])
 
     @property
     def is_single_graph(self) -> bool:
         """Whether the pipeline is one graph here."""
         return self.runtime.is_single_graph
 
+    def time_ids(self, size_hints: SizeHints | None = None) -> Float | None:
+        """What SDXL is told of the picture's size, float32 [1, 6]; None for other families."""
+        return (size_hints or SizeHints()).time_ids(self.size) if self.texts.told_size else None
+
     def draw(
-        self, entry: PlanEntry, ids: Sequence[npt.NDArray[np.int64]], weight: float | None, noise: Float,
-        fresh: StepNoise,
+        self, entry: PlanEntry, ids: Sequence[Ids], weight: float | None, noise: Float, fresh: StepNoise,
+        time_ids: Float | None = None,
     ) -> tuple[Float, npt.NDArray[np.uint8]]:  # fmt: skip
         """Latents [N, C, h, w] and pixels uint8 [N, H, W, 3] from noise [N, C, h, w].
 
-        ids: int64 [1, S] of the prompt, before it those of the negative prompt where there is a weight.
+        ids: of the prompt, before it those of the negative prompt where there is a weight. time_ids: [1, 6], SDXL's.
         """
         if self.is_single_graph:
             with self._timed("pipeline"):
-                return self._whole().draw(ids, noise, entry.table, fresh)
+                return self._whole().draw(ids, noise, entry.table, fresh, time_ids)
         x = np.float32(entry.table.init_noise_sigma) * noise
-        latents = self.sample(entry, x.astype(np.float32), self._guide(ids, weight), fresh)
+        latents = self.sample(entry, x.astype(np.float32), self._guide(ids, weight, time_ids), fresh)
         return latents, self.decode(latents)
 
-    def _guide(self, ids: Sequence[npt.NDArray[np.int64]], weight: float | None) -> Guide:
+    def _guide(self, ids: Sequence[Ids], weight: float | None, time_ids: Float | None) -> Guide:
         with self._timed("text_encoder"):
-            states = self.encode(ids)
-        if weight is None:
-            return Guide(cond=states[0], uncond=None, weight=1.0)
-        return Guide(cond=states[1], uncond=states[0], weight=weight)
-
-    def encode(self, ids: Sequence[npt.NDArray[np.int64]]) -> list[Float]:
-        """Text states, float [S, C] for each row of ids [1, S]."""
-        graph = self.runtime.graph("text_encoder")
-        rows = np.concatenate(ids)
-        size = graph.inputs["input_ids"].shape[0] or len(rows)
-        states = [graph.run(input_ids=part)["last_hidden_state"] for part in groups(rows, size)]
-        return list(np.concatenate(states)[: len(rows)])
+            return self.texts.guide(ids, weight, time_ids)
 
     def sample(self, entry: PlanEntry, x: Float, guide: Guide, fresh: StepNoise, *, start: int = 0) -> Float:
         """Walk the table from row `start`: latents [N, C, h, w] in, latents out; `fresh(stream)` gives [N, C, h, w]."""
         with self._timed("unet"):
             graph = self.runtime.graph("unet")
-            unknown = set(graph.inputs) - _UNET_INPUTS
+            unknown = set(graph.inputs) - {"sample", "timestep", *guide.cond}
             if unknown:
                 names = ", ".join(sorted(unknown))
                 raise BundleError(f"the UNet of {self.path} also wants {names}, which this version does not feed")
@@ -268,8 +266,7 @@ class Pipeline:
             if rows % branches:
                 raise BundleError(f"the UNet of {self.path} has {rows} rows, and guidance needs an even number")
             size = rows // branches
-            states = np.repeat(np.stack([s for s in (guide.uncond, guide.cond) if s is not None]), size, axis=0)
-            call = graph.fixed(encoder_hidden_states=states)
+            call = graph.fixed(**guide.rows(size))
 
             def net(scaled: Float, t: float) -> Float:
                 timestep = filled(graph.inputs["timestep"], t)

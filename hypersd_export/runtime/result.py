@@ -1,4 +1,4 @@
-"""What goes into the sampling loop besides the latents, and what a call of the pipeline returns."""
+"""What a call of the pipeline returns."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,12 +49,3 @@ class Result:
             "bundle_digest": self.bundle_digest,
             "Software": f"hypersd {__version__}",
         }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Guide:
-    """Text states for the UNet, float [S, C] each, and the weight of u + weight (c - u); `uncond` None: no branch."""
-
-    cond: Float
-    uncond: Float | None
-    weight: float

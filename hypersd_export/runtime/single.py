@@ -1,11 +1,13 @@
 """A bundle whose pipeline is one graph: prompt ids and noise in, pixels out, in one call.
 
 The schedule and the guidance are constants of the graph, so there is nothing here that could be set wrongly. Inputs:
-`input_ids`, `negative_input_ids` under CFG, `noise`, and `step_noise` where the plan adds noise.
+`input_ids`, `negative_input_ids` under CFG, `noise`, and `step_noise` where the plan adds noise; SDXL's has the second
+tokenizer's ids too, with _2 behind the name, and `time_ids`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +17,10 @@ from hypersd_export.errors import BundleError
 from hypersd_export.runtime.graph import Graph
 from hypersd_export.runtime.groups import groups
 from hypersd_export.runtime.result import Float
+from hypersd_export.runtime.text import TIME_IDS, Ids
 
 INPUTS = {"input_ids", "negative_input_ids", "noise", "step_noise"}
+INPUTS |= {"input_ids_2", "negative_input_ids_2", TIME_IDS}
 OUTPUTS = {"image", "latents"}
 
 
@@ -50,17 +54,24 @@ class SingleGraph:
         return tuple(size for size in self.graph.inputs[name].shape if size is not None)
 
     def draw(
-        self, ids: Sequence[npt.NDArray[np.int64]], noise: Float, table: StepTable, fresh: Callable[[int], Float]
-    ) -> tuple[Float, npt.NDArray[np.uint8]]:
+        self, ids: Sequence[Ids], noise: Float, table: StepTable, fresh: Callable[[int], Float],
+        time_ids: Float | None = None,
+    ) -> tuple[Float, npt.NDArray[np.uint8]]:  # fmt: skip
         """Latents [N, C, h, w] and pixels uint8 [N, H, W, 3] for noise [N, C, h, w].
 
-        ids: int64 [1, S] of the prompt, before it those of the negative prompt under CFG. fresh: stream → noise like
-        `noise`. BundleError if graph and plan.json differ in their inputs.
+        ids: of the prompt, before it those of the negative prompt under CFG. fresh: stream → noise like `noise`.
+        time_ids: [1, 6], SDXL's. BundleError if graph and plan.json differ in their inputs.
         """
         size, streams = self._shape("noise")[0], table.noise_streams
         names = ["input_ids"] if len(ids) == 1 else ["negative_input_ids", "input_ids"]
-        fixed = {name: np.repeat(row, size, axis=0) for name, row in zip(names, ids, strict=True)}
-        wanted = {*names, "noise", *(["step_noise"] if streams else [])}
+        fixed: dict[str, npt.NDArray[Any]] = {
+            name if number == 1 else f"{name}_{number}": np.repeat(row, size, axis=0)
+            for name, text in zip(names, ids, strict=True)
+            for number, row in enumerate(text, start=1)
+        }
+        if time_ids is not None:
+            fixed[TIME_IDS] = np.repeat(time_ids, size, axis=0)
+        wanted = {*fixed, "noise", *(["step_noise"] if streams else [])}
         if wanted != set(self.graph.inputs):
             raise BundleError(f"{self.graph.path} and plan.json are of two exports: export the bundle again")
         parts = [list(groups(noise, size))]

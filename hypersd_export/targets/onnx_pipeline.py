@@ -12,12 +12,13 @@ onnx and onnx_ir are imported inside.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hypersd_export.bundle.texts import Encoder, encoders_of
 from hypersd_export.diffusion import Guidance, GuidanceKind, Row, StepTable
 from hypersd_export.errors import OptionError
 from hypersd_export.graphs.spec import Component, Shapes
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
 
 PIPELINE_FILE = "pipeline.onnx"
 PIPELINE_DATA_FILE = "pipeline.onnx_data"
-PARTS = (Component.TEXT_ENCODER, Component.UNET, Component.VAE_DECODER)
+ONE_ENCODER = encoders_of({})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wiring:
-    """What joins the parts: the rows, the guidance, and how latents are scaled for the VAE.
+    """What joins the parts: the rows, the guidance, how latents are scaled for the VAE, and the text encoders.
 
-    `unroll` writes the steps one after another instead of as a Loop.
+    `unroll` writes the steps one after another instead of as a Loop. `empty`: for each text encoder the ids of an empty
+    prompt where that, as what is steered away from, is zeros to the UNet (SDXL); else ().
     """
 
     table: StepTable
@@ -44,6 +46,14 @@ class Wiring:
     scaling_factor: float
     shift_factor: float = 0.0
     unroll: bool = False
+    encoders: tuple[Encoder, ...] = ONE_ENCODER
+    empty: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def parts(self) -> tuple[Component, ...]:
+        """The components that are joined."""
+        texts = tuple(Component(encoder.component) for encoder in self.encoders)
+        return *texts, Component.UNET, Component.VAE_DECODER
 
     @property
     def cfg(self) -> bool:
@@ -61,21 +71,21 @@ class Wiring:
         return {
             "table": self.table.to_json(), "guidance": {"kind": self.guidance.kind.value, "scale": self.guidance.scale},
             "shapes": self.shapes.to_json(), "scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor,
-            "unroll": self.unroll,
+            "unroll": self.unroll, "encoders": [asdict(encoder) for encoder in self.encoders], "empty": self.empty,
         }  # fmt: skip
 
 
 def compose(
     parts: Mapping[Component, Path], wiring: Wiring, folder: Path, *, external: bool | None = None
 ) -> dict[str, Any]:
-    """Write `folder/pipeline.onnx` from the model.onnx of each of `PARTS`; returns the manifest's figures.
+    """Write `folder/pipeline.onnx` from the model.onnx of each of `wiring.parts`; returns the manifest's figures.
 
     Weights are mapped from the parts' files and written once; `external` as in `onnx.build`. Raises `OptionError` for
     parts of different opsets, or whose shapes are not those of `wiring`.
     """
     import onnx_ir
 
-    models = {part: onnx_ir.load(parts[part]) for part in PARTS}
+    models = {part: onnx_ir.load(parts[part]) for part in wiring.parts}
     opsets = {part.value: model.opset_imports[""] for part, model in models.items()}
     if len(set(opsets.values())) > 1:
         raise OptionError(f"the parts have different opsets ({opsets}): export them with one --opset")
@@ -122,21 +132,26 @@ class _Composer:
 
         shapes, table = self._wiring.shapes, self._wiring.table
         latent = self._wiring.latent_shape
-        ids = onnx_ir.DataType.INT64, (shapes.batch, shapes.tokens)
-        prompt = self._input("input_ids", *ids)
-        inputs = [prompt]
-        states = [self._states(prompt, "prompt")]
+        inputs = prompt = self._ids("input_ids")
+        texts = [self._text(prompt, "prompt")]
         if self._wiring.cfg:
-            negative = self._input("negative_input_ids", *ids)
-            inputs.append(negative)
-            states.insert(0, self._states(negative, "negative"))
+            negative = self._ids("negative_input_ids")
+            inputs = [*prompt, *negative]
+            texts.insert(0, self._present(negative, self._text(negative, "negative")))
+        if shapes.pooled:
+            size = self._input("time_ids", onnx_ir.DataType.FLOAT, (shapes.batch, 6))
+            inputs = [*inputs, size]
+            texts = [{**text, "time_ids": size} for text in texts]
         noise = self._input("noise", onnx_ir.DataType.FLOAT, latent)
-        inputs.append(noise)
+        inputs = [*inputs, noise]
         fresh = None
         if table.noise_streams:
             fresh = self._input("step_noise", onnx_ir.DataType.FLOAT, (len(table.noise_streams), *latent))
             inputs.append(fresh)
-        context = states[0] if len(states) == 1 else self._op("Concat", *states, axis=0)
+        context = {
+            name: value if len(texts) == 1 else self._op("Concat", *(text[name] for text in texts), axis=0)
+            for name, value in texts[0].items()
+        }
         x = noise if table.init_noise_sigma == 1.0 else self._op("Mul", noise, self._scalar(table.init_noise_sigma))
         steps = self._unrolled if self._wiring.unroll else self._loop
         latents = self._op("Identity", steps(x, context, fresh))
@@ -149,10 +164,40 @@ class _Composer:
             opset_imports={"": self._models[Component.UNET].opset_imports[""]}, name="pipeline",
         )  # fmt: skip
 
-    def _states(self, ids: "onnx_ir.Value", which: str) -> "onnx_ir.Value":
-        return self._part(Component.TEXT_ENCODER, {"input_ids": ids}, prefix=f"text_encoder.{which}")[
-            "last_hidden_state"
-        ]
+    def _ids(self, name: str) -> "list[onnx_ir.Value]":
+        """The inputs of one text's ids, for each text encoder."""
+        import onnx_ir
+
+        shape = self._wiring.shapes.batch, self._wiring.shapes.tokens
+        return [self._input(f"{name}{each.suffix}", onnx_ir.DataType.INT64, shape) for each in self._wiring.encoders]
+
+    def _text(self, ids: "Sequence[onnx_ir.Value]", which: str) -> "dict[str, onnx_ir.Value]":
+        """A text as the UNet sees it: the states of the encoders side by side, and the pooled one."""
+        states, pooled = [], {}
+        for encoder, row in zip(self._wiring.encoders, ids, strict=True):
+            part = Component(encoder.component)
+            outputs = self._part(part, {"input_ids": row}, prefix=f"{part}.{which}")
+            states.append(outputs[encoder.states])
+            if encoder.pooled is not None:
+                pooled["text_embeds"] = outputs[encoder.pooled]
+        return {"encoder_hidden_states": self._op("Concat", *states, axis=-1) if pooled else states[0], **pooled}
+
+    def _present(self, ids: "Sequence[onnx_ir.Value]", text: "dict[str, onnx_ir.Value]") -> "dict[str, onnx_ir.Value]":
+        """The text, or zeros where its ids are an empty prompt's and the wiring says so."""
+        import onnx_ir
+
+        if not self._wiring.empty:
+            return text
+        other = None
+        for row, empty in zip(ids, self._wiring.empty, strict=True):
+            same = self._op("Equal", row, self._constant("empty", np.asarray([empty], np.int64)))
+            differs = self._op("Cast", self._op("Not", same), to=int(onnx_ir.DataType.FLOAT))
+            axes = self._constant("axis", np.asarray([1], np.int64))
+            here = self._op("ReduceMax", differs, axes, keepdims=1)
+            other = here if other is None else self._op("Max", other, here)
+        axes = self._constant("axis", np.asarray([2], np.int64))
+        by_rank = {"text_embeds": other, "encoder_hidden_states": self._op("Unsqueeze", other, axes)}
+        return {name: self._op("Mul", value, by_rank[name]) for name, value in text.items()}
 
     def _loop(self, x: Any, context: Any, fresh: Any) -> Any:
         """A Loop that carries the latents; the rows are columns, and a row's value is gathered by the iteration."""
@@ -206,7 +251,7 @@ class _Composer:
         scaled = x if all(row.k == 1.0 for row in rows) else self._op("Mul", value("k"), x)
         if self._wiring.cfg:
             scaled = self._op("Concat", scaled, scaled, axis=0)
-        feeds = {"sample": scaled, "timestep": value("t"), "encoder_hidden_states": context}
+        feeds = {"sample": scaled, "timestep": value("t"), **context}
         out = self._part(Component.UNET, feeds, prefix="unet")["out_sample"]
         if self._wiring.cfg:
             uncond, cond = self._ops("Split", 2, out, axis=0, num_outputs=2)

@@ -17,7 +17,7 @@ def psnr_as_played(source: Source, plans: PlanFile, shapes: Shapes, *, prompt: s
     import torch
 
     near = [entry for entry in plans.entries if not plays_exactly(entry.plan)]
-    cond, uncond = prompt_states(source, (prompt, ""), shapes.tokens)
+    cond, uncond = prompt_states(source, (prompt, ""), shapes, negative=True)
     unet, _ = source.load("unet", torch.float32)
     shape = shapes.channels, shapes.latent_height, shapes.latent_width
     noise = initial_noise(seed=seed, index=0, shape=shape)[None]

@@ -1,7 +1,7 @@
 """Write golden/: the picture that every runtime must reproduce, with the noise and the ids that lead to it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,16 @@ def write_golden(
     prompt: str,
     negative_prompt: str,
     seed: int,
-    ids: Mapping[str, npt.NDArray[np.int64]],
+    ids: Mapping[str, Sequence[npt.NDArray[np.int64]]],
     latents: npt.NDArray[np.float32],
     image: npt.NDArray[np.uint8],
     min_psnr_db: float,
 ) -> None:
     """Write the test vectors of one entry of plan.json, for image 0 of `seed`.
 
-    `ids` has `prompt` and `negative`, int64 [1, S]; `latents` [1, C, h, w] are the last x; `image` [H, W, 3] is
-    torch's. Arrays are saved as golden.schema.json says; step_noise.npy only where the table adds noise.
+    `ids` has `prompt` and `negative`, int64 [1, S] for each text encoder; `latents` [1, C, h, w] are the last x;
+    `image` [H, W, 3] is torch's. Arrays are saved as golden.schema.json says; step_noise.npy only where the table
+    adds noise.
     """
     from PIL import Image
 
@@ -38,8 +39,9 @@ def write_golden(
     if streams:
         rows = [step_noise(seed=seed, index=0, step=stream, shape=shape)[None] for stream in streams]
         np.save(folder / "step_noise.npy", np.stack(rows))
-    np.save(folder / "prompt_ids.npy", ids["prompt"])
-    np.save(folder / "negative_ids.npy", ids["negative"])
+    for name, found in ids.items():
+        for number, row in enumerate(found, start=1):
+            np.save(folder / (f"{name}_ids.npy" if number == 1 else f"{name}_ids_{number}.npy"), row)
     np.save(folder / "latents.npy", latents)
     Image.fromarray(image).save(folder / EXPECTED)
     guidance = entry.plan.guidance

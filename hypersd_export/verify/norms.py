@@ -48,8 +48,7 @@ def norm_spreads(
     """By component of the pipeline (unet, vae) and by name of each group norm: the largest distance between a value of
     its input and the mean of that value's group. A value that is no number counts as infinite."""
     texts = scan_prompts(prompt)
-    states = prompt_states(source, texts, shapes.tokens)
-    negative = states[texts.index("")]
+    *states, negative = prompt_states(source, (*texts, ""), shapes, negative=True)
     found: dict[str, Spreads] = {}
     shape = shapes.channels, shapes.latent_height, shapes.latent_width
     unet, _ = source.load("unet", torch.float32)

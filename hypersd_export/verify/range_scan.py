@@ -13,9 +13,10 @@ fit into half:
 onnx_ir and onnxruntime are imported inside.
 """
 
+import functools
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from hypersd_export.bundle.texts import Encoder
 from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, initial_noise, run, step_noise
 from hypersd_export.graphs.spec import Component, Shapes
 from hypersd_export.runtime.groups import groups
+from hypersd_export.runtime.text import TIME_IDS, SizeHints, Text, rows, text_of, zeros
 from hypersd_export.targets import onnx_fp16
 from hypersd_export.targets.onnx_fp16 import HALF_MAX
 
@@ -57,14 +60,23 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawing:
-    """What is drawn: token ids [P, S] of the prompts and [1, S] of the negative one, by every plan of `plans`."""
+    """What is drawn: by every plan of `plans` the prompts, and the negative one which is the last.
 
-    prompts: Ids
-    negative: Ids
+    ids: [P + 1, S] for each of the `encoders`. zero_empty: the negative one, which is empty, is zeros to the UNet.
+    """
+
+    encoders: tuple[Encoder, ...]
+    ids: tuple[Ids, ...]
+    zero_empty: bool = False
     plans: PlanFile
     shapes: Shapes
     scaling_factor: float
     shift_factor: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many prompts."""
+        return len(self.ids[0]) - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,43 +148,61 @@ def scan(
         gc.collect()  # the session holds the component's weights, and the next one needs the room
         return result
 
-    states = probed(Component.TEXT_ENCODER, lambda probe: _encode_text(probe, drawing))
-    latents = probed(Component.UNET, lambda probe: _denoise(probe, drawing, states, progress))
+    encoded = [
+        probed(Component(encoder.component), functools.partial(_encode_text, drawing=drawing, encoder=encoder, ids=ids))
+        for encoder, ids in zip(drawing.encoders, drawing.ids, strict=True)
+    ]
+    texts = _texts(drawing, encoded)
+    latents = probed(Component.UNET, lambda probe: _denoise(probe, drawing, texts, progress))
     pictures = probed(Component.VAE_DECODER, lambda probe: _decode(probe, drawing, latents))
     if Component.VAE_ENCODER in graphs:
         probed(Component.VAE_ENCODER, lambda probe: _in_groups(probe, drawing, "sample", np.clip(pictures, -1, 1)))
     return found
 
 
-def _encode_text(probe: "Probe", drawing: Drawing) -> Float:
-    """States [P + 1, S, C], the negative prompt's last."""
-    ids = np.concatenate([drawing.prompts, drawing.negative])
-    return _in_groups(probe, drawing, "input_ids", ids)
+def _encode_text(probe: "Probe", *, drawing: Drawing, encoder: Encoder, ids: Ids) -> dict[str, Float]:
+    """The outputs that count, [P + 1, …] by name."""
+    parts = [probe.run(input_ids=part) for part in groups(ids, drawing.shapes.batch)]
+    return {name: np.concatenate([part[name] for part in parts])[: len(ids)] for name in encoder.outputs}
 
 
-def _denoise(probe: "Probe", drawing: Drawing, states: Float, progress: Progress) -> Float:
+def _texts(drawing: Drawing, encoded: Sequence[Mapping[str, Float]]) -> list[Text]:
+    """Every prompt as the UNet sees it, the negative one's last."""
+    shapes, found = drawing.shapes, []
+    for n in range(drawing.count + 1):
+        states = [given[each.states][n : n + 1] for each, given in zip(drawing.encoders, encoded, strict=True)]
+        pooled = [given[e.pooled][n : n + 1] for e, given in zip(drawing.encoders, encoded, strict=True) if e.pooled]
+        found.append(text_of(states, pooled[0] if pooled else None))
+    if drawing.zero_empty:
+        found[-1] = zeros(found[-1])
+    if not shapes.pooled:
+        return found
+    return [{**text, TIME_IDS: SizeHints().time_ids((shapes.width, shapes.height))} for text in found]
+
+
+def _denoise(probe: "Probe", drawing: Drawing, texts: Sequence[Text], progress: Progress) -> Float:
     """Latents [plans · P, C, h, w]: every prompt by every plan, each from a noise of its own."""
     latents = []
     for entry in drawing.plans.entries:
         progress(f"range scan: unet in {entry.steps} steps")
-        latents.append(np.concatenate(list(_by_plan(probe, drawing, entry, states)))[: len(drawing.prompts)])
+        latents.append(np.concatenate(list(_by_plan(probe, drawing, entry, texts)))[: drawing.count])
     return np.concatenate(latents)
 
 
-def _by_plan(probe: "Probe", drawing: Drawing, entry: PlanEntry, states: Float) -> Iterator[Float]:
+def _by_plan(probe: "Probe", drawing: Drawing, entry: PlanEntry, texts: Sequence[Text]) -> Iterator[Float]:
     """Latents of as many prompts at a time as the graph has rows for."""
     shapes, guidance = drawing.shapes, entry.plan.guidance
     shape = shapes.channels, shapes.latent_height, shapes.latent_width
     cfg = guidance.kind is GuidanceKind.CFG
     size = shapes.unet_batch // (2 if cfg else 1)
-    uncond, numbers = np.repeat(states[-1:], size, axis=0), np.arange(len(drawing.prompts))
+    uncond, numbers = [texts[-1]] * size, np.arange(drawing.count)
     for part in groups(numbers, size):
-        cond = states[part]
-        text = np.concatenate([uncond, cond]) if cfg else cond
+        cond = [texts[n] for n in part]
+        text = rows([*uncond, *cond] if cfg else cond, 1)
 
-        def net(x: Float, t: float, text: Float = text) -> Float:
-            rows = (np.concatenate([x, x]) if cfg else x).astype(np.float32)
-            out: Float = probe.run(sample=rows, timestep=np.float32(t), encoder_hidden_states=text)["out_sample"]
+        def net(x: Float, t: float, text: Text = text) -> Float:
+            sample = (np.concatenate([x, x]) if cfg else x).astype(np.float32)
+            out: Float = probe.run(sample=sample, timestep=np.float32(t), **text)["out_sample"]
             if not cfg:
                 return out
             u, c = np.split(out, 2)

@@ -5,7 +5,7 @@ Deliberately not through `hypersd_export.graphs`: a wrapper that forgot `post_qu
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.diffusion import Guidance, GuidanceKind, StepTable, initial_noise, run, step_noise
 from hypersd_export.graphs.components import guidance_embedding
+from hypersd_export.graphs.spec import Shapes
+from hypersd_export.runtime.text import TIME_IDS, SizeHints, Text, rows, text_of, zeros
 from hypersd_export.verify.range_scan import encode_prompts
 from hypersd_export.verify.source import Source
 
@@ -22,43 +25,78 @@ Float = npt.NDArray[np.float32]
 
 
 @torch.no_grad()
-def text_states(text_encoder: Any, ids: npt.NDArray[np.int64]) -> tuple[Float, Float]:
-    """Ids int64 [B, S] to the states [B, S, C] and the pooled state [B, C]."""
-    out = text_encoder(torch.from_numpy(ids))
-    return out.last_hidden_state.float().numpy(), out.pooler_output.float().numpy()
+def text_outputs(text_encoder: Any, ids: npt.NDArray[np.int64]) -> dict[str, Float]:
+    """Ids int64 [B, S] to everything that a text encoder gives, by the names of its graph's outputs."""
+    out = text_encoder(torch.from_numpy(ids), output_hidden_states=True)
+    found = {name: out[name] for name in ("last_hidden_state", "pooler_output", "text_embeds") if name in out}
+    found |= {f"hidden_states.{number}": states for number, states in enumerate(out.hidden_states)}
+    return {name: value.float().numpy() for name, value in found.items()}
 
 
-def prompt_states(source: Source, texts: Iterable[str], tokens: int) -> list[Float]:
-    """The states [1, S, C] of each text, S = `tokens`, by the source's own tokenizer and text encoder, which is given
-    back; texts that are too long are cut."""
+def prompt_ids(source: Source, texts: Sequence[str], tokens: int) -> list[npt.NDArray[np.int64]]:
+    """The ids [P, S] of the texts by each text encoder's tokenizer, S = `tokens`; texts that are too long are cut."""
     from hypersd_export.runtime.tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        source.base.write_tokenizer(Path(folder))
-        ids = encode_prompts(load_tokenizer(Path(folder), length=tokens).encode, texts)
-    text_encoder, _ = source.load("text_encoder", torch.float32)
-    states = [text_states(text_encoder, row[None])[0] for row in ids]
-    del text_encoder
-    gc.collect()
-    return states
+        source.base.write_tokenizers(Path(folder))
+        return [
+            encode_prompts(load_tokenizer(Path(folder, encoder.tokenizer), length=tokens).encode, texts)
+            for encoder in encoders_of(source.configs)
+        ]
+
+
+def prompt_states(source: Source, texts: Sequence[str], shapes: Shapes, *, negative: bool = False) -> list[Text]:
+    """Each text as the UNet sees it, by the source's own tokenizers and text encoders, which are given back.
+
+    negative: the last one is what is steered away from, where SDXL may have zeros for "".
+    """
+    outputs = []
+    for encoder, ids in zip(encoders_of(source.configs), prompt_ids(source, texts, shapes.tokens), strict=True):
+        module, _ = source.load(encoder.component, torch.float32)
+        outputs.append([text_outputs(module, row[None]) for row in ids])
+        del module
+        gc.collect()
+    found = [seen(source, each, shapes) for each in zip(*outputs, strict=True)]
+    if negative and not texts[-1] and source.base.zero_empty:
+        found[-1] = nothing(found[-1])
+    return found
+
+
+def seen(source: Source, outputs: Sequence[Mapping[str, Float]], shapes: Shapes) -> Text:
+    """One text as the UNet sees it, of what each text encoder gave for it (one row)."""
+    encoders = encoders_of(source.configs)
+    pooled = [given[encoder.pooled] for encoder, given in zip(encoders, outputs, strict=True) if encoder.pooled]
+    states = [given[encoder.states] for encoder, given in zip(encoders, outputs, strict=True)]
+    text = text_of(states, pooled[0] if pooled else None)
+    return {**text, TIME_IDS: SizeHints().time_ids((shapes.width, shapes.height))} if pooled else text
+
+
+def nothing(text: Text) -> Text:
+    """SDXL's empty prompt: zeros, and the picture's size as it is."""
+    return {**zeros(text), TIME_IDS: text[TIME_IDS]}
 
 
 @torch.no_grad()
-def unet_output(unet: Any, sample: Float, t: float, states: Float, guidance: Guidance) -> Float:
-    """The network's output for rows of latents [U, C, h, w] at timestep t; an embedded guidance is its input."""
-    extra: dict[str, torch.Tensor] = {}
+def unet_output(unet: Any, sample: Float, t: float, text: Text, guidance: Guidance) -> Float:
+    """The network's output for rows of latents [U, C, h, w] at timestep t and as many of `text`; an embedded guidance
+    is its input."""
+    extra: dict[str, Any] = {}
     if guidance.kind is GuidanceKind.EMBEDDED:
         condition = guidance_embedding(guidance.scale, int(unet.config.time_cond_proj_dim)).to(unet.dtype)
         extra["timestep_cond"] = condition.expand(len(sample), -1)
-    rows, text = torch.from_numpy(sample).to(unet.dtype), torch.from_numpy(states).to(unet.dtype)
-    out = unet(rows, torch.tensor(t, dtype=unet.dtype), encoder_hidden_states=text, **extra).sample
+    given = {name: torch.from_numpy(value).to(unet.dtype) for name, value in text.items()}
+    states = given.pop("encoder_hidden_states")
+    if given:
+        extra["added_cond_kwargs"] = given
+    x, time = torch.from_numpy(sample).to(unet.dtype), torch.tensor(t, dtype=unet.dtype)
+    out = unet(x, time, encoder_hidden_states=states, **extra).sample
     return out.float().numpy()
 
 
 def network(
-    unet: Any, guidance: Guidance, *, cond: Float, uncond: Float | None
+    unet: Any, guidance: Guidance, *, cond: Text, uncond: Text | None
 ) -> Callable[[npt.NDArray[Any], float], Float]:
-    """The function (latents [1, C, h, w], timestep) → prediction; text states are [1, S, C].
+    """The function (latents [1, C, h, w], timestep) → prediction.
 
     With `uncond` the output is u + w (c - u), both branches in one call.
     """
@@ -67,7 +105,7 @@ def network(
         x = x.astype(np.float32)
         if uncond is None:
             return unet_output(unet, x, t, cond, guidance)
-        u, c = np.split(unet_output(unet, np.concatenate([x, x]), t, np.concatenate([uncond, cond]), guidance), 2)
+        u, c = np.split(unet_output(unet, np.concatenate([x, x]), t, rows([uncond, cond], 1), guidance), 2)
         mixed: Float = u + np.float32(guidance.scale) * (c - u)
         return mixed
 
@@ -79,8 +117,8 @@ def denoise(
     table: StepTable,
     guidance: Guidance,
     *,
-    cond: Float,
-    uncond: Float | None,
+    cond: Text,
+    uncond: Text | None,
     seed: int,
     shape: tuple[int, int, int],
 ) -> Float:

@@ -34,12 +34,13 @@ Feeds = Mapping[str, Array]
 def calls_of(source: Source, entry: PlanEntry, shapes: Shapes) -> list[Feeds]:
     """What the UNet is fed, by our names, where torch draws `PROMPTS` by a plan: of the first prompt the first step, of
     the second the last. Rows are repeated to `shapes.unet_batch`, the timestep is one number."""
-    *states, negative = prompt_states(source, (*PROMPTS, ""), shapes.tokens)
+    *states, negative = prompt_states(source, (*PROMPTS, ""), shapes, negative=True)
     unet, _ = source.load("unet", torch.float32)
     calls: list[Feeds] = []
 
-    def seen(_: torch.nn.Module, given: tuple[torch.Tensor, ...], named: Mapping[str, torch.Tensor]) -> None:
+    def seen(_: torch.nn.Module, given: tuple[torch.Tensor, ...], named: Mapping[str, Any]) -> None:
         rows = {"sample": given[0], "encoder_hidden_states": named["encoder_hidden_states"]}
+        rows |= named.get("added_cond_kwargs", {})
         feeds = {name: value.repeat_interleave(shapes.unet_batch // len(value), 0) for name, value in rows.items()}
         calls.append({name: value.numpy() for name, value in (feeds | {"timestep": given[1]}).items()})
 

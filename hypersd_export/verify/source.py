@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from hypersd_export.model.base import BaseModel
     from hypersd_export.model.lora import LoraFile
 
-COMPONENTS = ("text_encoder", "unet", "vae")
-"""The torch components of a Stable Diffusion pipeline."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRequest:
@@ -58,6 +55,11 @@ class Source:
             "loras": [{"digest": lora.digest, "scale": scale} for lora, scale in self.loras],
         }
 
+    @property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The config.json of every component by name."""
+        return {name: self.base.component_config(name) for name in self.base.parts}
+
     def loras_of(self, component: str) -> "list[tuple[LoraFile, float]]":
         """The LoRAs that change a component."""
         return [(lora, scale) for lora, scale in self.loras if lora.components.get(component)]
@@ -69,8 +71,7 @@ class Source:
         """
         from hypersd_export.model.fuse import fuse
 
-        loaders = {"text_encoder": self.base.load_text_encoder, "unet": self.base.load_unet, "vae": self.base.load_vae}
-        module: torch.nn.Module = loaders[component](dtype)
+        module = self.base.load(component, dtype)
         reports = []
         for lora, scale in self.loras_of(component):
             report = fuse(module, lora.components[component], scale=scale, component=component, source=lora.path.name)
@@ -81,7 +82,7 @@ class Source:
         """`LoraError` for a LoRA with a key or a shape that does not fit, found without loading any weights."""
         from hypersd_export.model.fuse import match
 
-        for component in COMPONENTS:
+        for component in self.base.parts:
             found = self.loras_of(component)
             skeleton = self.base.skeleton(component) if found else None
             for lora, _ in found:

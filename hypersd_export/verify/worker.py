@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hypersd_export.bundle.packages import PIPELINE
+from hypersd_export.bundle.texts import Encoder, encoders_of
 from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, philox_normal, start_sample
 from hypersd_export.graphs.spec import Component
 from hypersd_export.runtime.graph import Graph, Runtime, filled
+from hypersd_export.runtime.text import Text, rows
 from hypersd_export.targets import Target
 from hypersd_export.verify.gates import COMPONENT_DB, COREML_IMAGE_DB, IMAGE_DB, LOSSY_DB, Gate
 from hypersd_export.verify.golden import write_golden
@@ -47,13 +49,19 @@ class Verification:
     progress: Progress
     scratch: Path
     gates: list[Gate] = field(default_factory=list)
-    ids: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
-    states: dict[str, Float] = field(default_factory=dict)
-    """`prompt` and `negative`: text states [1, S, C]."""
+    ids: dict[str, list[npt.NDArray[np.int64]]] = field(default_factory=dict)
+    """`prompt` and `negative`: the ids [1, S] for each text encoder."""
+    texts: dict[str, Text] = field(default_factory=dict)
+    """`prompt` and `negative` as the UNet sees them."""
     latents: dict[int, Float] = field(default_factory=dict)
     """By step count, [1, C, h, w]."""
     images: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     """By step count, [H, W, 3]."""
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        """The text encoders."""
+        return encoders_of(self.source.configs)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -135,7 +143,7 @@ def verify(request: VerifyRequest, progress: Progress = lambda _: None) -> dict[
 
 def _verify(run: Verification) -> dict[str, Any]:
     request, plans = run.request, run.plans
-    for stage in (_tokenizer, _text_encoder, _unet, _vae):
+    for stage in (_tokenizers, _text_encoders, _unet, _vae):
         stage(run)
         gc.collect()
     entry = plans.default
@@ -167,40 +175,53 @@ def rounded(path: Path, folder: Path) -> Path:
     return onnx_fp16.save_beside(model, path, folder)
 
 
-def _tokenizer(run: Verification) -> None:
-    """Prompt ids by transformers from the bundle's tokenizer; the runtime's own must be the same."""
+def _tokenizers(run: Verification) -> None:
+    """Prompt ids by transformers from the bundle's tokenizers; the runtime's own must be the same."""
     from transformers import CLIPTokenizer
 
     from hypersd_export.runtime.tokenizer import load_tokenizer
 
-    folder, length = run.request.bundle / "tokenizer", run.request.shapes.tokens
-    theirs = CLIPTokenizer.from_pretrained(folder)
-    ours = load_tokenizer(folder, length=length)
-    for name, text in (("prompt", run.request.prompt), ("negative", run.request.negative_prompt)):
-        rows = theirs(text, padding="max_length", truncation=True, max_length=length)["input_ids"]
-        run.ids[name] = np.asarray([rows], dtype=np.int64)
-        if run.request.compare and not np.array_equal(ours.encode(text), run.ids[name]):
-            run.gate("tokenizer", 0.0).refuse(f"gives other ids than transformers for {text!r}")
+    length = run.request.shapes.tokens
+    run.ids = {"prompt": [], "negative": []}
+    for encoder in run.encoders:
+        folder = run.request.bundle / encoder.tokenizer
+        theirs, ours = CLIPTokenizer.from_pretrained(folder), load_tokenizer(folder, length=length)
+        for name, text in (("prompt", run.request.prompt), ("negative", run.request.negative_prompt)):
+            row = theirs(text, padding="max_length", truncation=True, max_length=length)["input_ids"]
+            ids = np.asarray([row], dtype=np.int64)
+            run.ids[name].append(ids)
+            if run.request.compare and not np.array_equal(ours.encode(text), ids):
+                run.gate(encoder.tokenizer, 0.0).refuse(f"gives other ids than transformers for {text!r}")
 
 
-def _text_encoder(run: Verification) -> None:
-    from hypersd_export.verify.reference import text_states
+def _text_encoders(run: Verification) -> None:
+    from hypersd_export.verify.reference import nothing, seen
 
-    request = run.request
-    module = run.load("text_encoder")
-    rows, tokens = request.shapes.batch, request.shapes.tokens
-    random = np.random.default_rng(GATE_SEED).integers(0, int(module.config.vocab_size), (rows, tokens))
-    batches = {name: np.repeat(ids, rows, axis=0) for name, ids in run.ids.items()} | {"random ids": random}
-    references = {name: text_states(module, ids) for name, ids in batches.items()}
-    run.states = {name: references[name][0][:1] for name in run.ids}
+    outputs = [_text_encoder(run, number) for number in range(len(run.encoders))]
+    shapes = run.request.shapes
+    run.texts = {name: seen(run.source, [given[name] for given in outputs], shapes) for name in run.ids}
+    if run.source.base.zero_empty and not run.request.negative_prompt:
+        run.texts["negative"] = nothing(run.texts["negative"])
+
+
+def _text_encoder(run: Verification, number: int) -> dict[str, dict[str, Float]]:
+    """What one text encoder gives for the prompts by their names, one row of each output; its artifact is compared."""
+    from hypersd_export.verify.reference import text_outputs
+
+    request, encoder = run.request, run.encoders[number]
+    component = Component(encoder.component)
+    module = run.load(component)
+    count, tokens = request.shapes.batch, request.shapes.tokens
+    random = np.random.default_rng(GATE_SEED + number).integers(0, int(module.config.vocab_size), (count, tokens))
+    batches = {name: np.repeat(ids[number], count, axis=0) for name, ids in run.ids.items()} | {"random ids": random}
+    references = {name: text_outputs(module, ids) for name, ids in batches.items()}
     del module
-    if not run.compares(Component.TEXT_ENCODER):
-        return
-    gate, graph = run.gate(Component.TEXT_ENCODER, COMPONENT_DB[request.precision]), run.graph(Component.TEXT_ENCODER)
-    for name, ids in batches.items():
-        outputs = graph.run(input_ids=ids)
-        for output, reference in zip(("last_hidden_state", "pooler_output"), references[name], strict=True):
-            gate.compare(outputs[output], reference, f"in {output} for {name}")
+    if run.compares(component):
+        gate, graph = run.gate(component, COMPONENT_DB[request.precision]), run.graph(component)
+        for name, ids in batches.items():
+            for output, found in graph.run(input_ids=ids).items():
+                gate.compare(found, references[name][output], f"in {output} for {name}")
+    return {name: {output: value[:1] for output, value in references[name].items()} for name in run.ids}
 
 
 def _unet(run: Verification) -> None:
@@ -216,45 +237,43 @@ def _unet(run: Verification) -> None:
             module,
             entry.table,
             entry.plan.guidance,
-            cond=run.states["prompt"],
-            uncond=run.states["negative"] if cfg else None,
+            cond=run.texts["prompt"],
+            uncond=run.texts["negative"] if cfg else None,
             seed=request.seed,
             shape=run.shape,
         )
     if not run.compares(Component.UNET):
         return
-    states = _unet_states(run)
+    text = _unet_texts(run)
     guidance = run.plans.default.plan.guidance
     samples = _unet_samples(run)
     references = {}
     for number, (key, sample) in enumerate(samples.items(), start=1):
         run.progress(f"torch: unet at {number} of {len(samples)} timesteps")
-        references[key] = unet_output(module, sample, key[0], states, guidance)
+        references[key] = unet_output(module, sample, key[0], text, guidance)
     del module
     gc.collect()
     gate, graph = run.gate(Component.UNET, COMPONENT_DB[request.precision]), run.graph(Component.UNET)
     for key, sample in samples.items():
         timestep = filled(graph.inputs["timestep"], key[0])
-        out = graph.run(sample=sample, timestep=timestep, encoder_hidden_states=states)["out_sample"]
+        out = graph.run(sample=sample, timestep=timestep, **text)["out_sample"]
         db, largest = gate.compare(out, references[key], f"at t = {key[0]:g}")
         gate.steps.append({"t": key[0], "psnr_db": round(db, 2), "max_abs": min(largest, 3.4e38)})
 
 
-def _unet_states(run: Verification) -> Float:
-    """Text states for the rows of one call: unconditional rows first, where the graph has both."""
+def _unet_texts(run: Verification) -> Text:
+    """Texts for the rows of one call: unconditional rows first, where the graph has both."""
     shapes = run.request.shapes
-    cond = np.repeat(run.states["prompt"], shapes.batch, axis=0)
-    if shapes.unet_batch == shapes.batch:
-        return cond
-    return np.concatenate([np.repeat(run.states["negative"], shapes.batch, axis=0), cond])
+    names = ("prompt",) if shapes.unet_batch == shapes.batch else ("negative", "prompt")
+    return rows([run.texts[name] for name in names], shapes.batch)
 
 
 def _unet_samples(run: Verification) -> dict[tuple[float, float], Float]:
     """What the network sees at each distinct (timestep, input scale): k (p z0 + q noise), rows of seeded noise."""
-    rows = run.request.shapes.unet_batch
+    count = run.request.shapes.unet_batch
     samples: dict[tuple[float, float], Float] = {}
     for entry in run.plans.entries:
-        clean = np.repeat(run.latents[entry.steps], rows, axis=0)
+        clean = np.repeat(run.latents[entry.steps], count, axis=0)
         for number, row in enumerate(entry.table.rows):
             key = (float(row.t), float(row.k))
             if key not in samples:

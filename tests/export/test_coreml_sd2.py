@@ -18,7 +18,7 @@ from hypersd_export.spec import PlanFlags
 from hypersd_export.targets import Target
 from hypersd_export.verify.metrics import psnr
 from hypersd_export.verify.mil import open_package
-from hypersd_export.verify.reference import text_states, unet_output
+from hypersd_export.verify.reference import text_outputs, unet_output
 from hypersd_export.verify.source import SourceRequest, open_source
 
 pytest.importorskip("coremltools")
@@ -88,11 +88,11 @@ def test_apples_layout_is_torchs(component, base, tmp_path):
     if component is Component.TEXT_ENCODER:
         ids = rng.integers(0, 500, (1, 16))
         found = package.evaluate({"input_ids": ids.astype(np.float32)})["last_hidden_state"]
-        expected = text_states(module, ids)[0]
+        expected = text_outputs(module, ids)["last_hidden_state"]
     else:
         sample, states = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 4, 4), (2, 16, WIDTH)))
         rows = states.transpose(0, 2, 1)[:, :, None]
         feeds = {"sample": sample, "timestep": np.full(2, 999, np.float32), "encoder_hidden_states": rows}
         found = package.evaluate(feeds)["noise_pred"]
-        expected = unet_output(module, sample, 999.0, states, Guidance.of(1.0))
+        expected = unet_output(module, sample, 999.0, {"encoder_hidden_states": states}, Guidance.of(1.0))
     assert psnr(found, expected) > 55

@@ -19,7 +19,7 @@ from hypersd_export.targets import Target
 from hypersd_export.verify.coreml import InterpretedRuntime
 from hypersd_export.verify.metrics import max_abs
 from hypersd_export.verify.mil import open_package
-from hypersd_export.verify.reference import decode, denoise, text_states, to_uint8, unscale
+from hypersd_export.verify.reference import decode, denoise, text_outputs, to_uint8, unscale
 from hypersd_export.verify.source import SourceRequest, open_source
 
 pytest.importorskip("coremltools")
@@ -49,11 +49,14 @@ def test_the_module_is_the_pipeline_of_torch(plan, tiny_base):
         scaling_factor=0.5, shift_factor=0.0,
     )  # fmt: skip
     ids = {name: np.random.default_rng(n).integers(0, 500, (1, 16)) for n, name in enumerate(("prompt", "negative"))}
-    states = {name: text_states(modules[Component.TEXT_ENCODER], row)[0] for name, row in ids.items()}
+    encoder = modules[Component.TEXT_ENCODER]
+    texts = {
+        name: {"encoder_hidden_states": text_outputs(encoder, row)["last_hidden_state"]} for name, row in ids.items()
+    }
     shape = (4, 4, 4)
     latents = denoise(
-        modules[Component.UNET], table, plan.guidance, cond=states["prompt"],
-        uncond=states["negative"] if guided else None, seed=7, shape=shape,
+        modules[Component.UNET], table, plan.guidance, cond=texts["prompt"],
+        uncond=texts["negative"] if guided else None, seed=7, shape=shape,
     )  # fmt: skip
     vae = modules[Component.VAE_DECODER]
     feeds = {"negative_input_ids": ids["negative"]} if guided else {}

@@ -140,7 +140,7 @@ def test_a_size_in_pixels():
 def test_components_that_do_not_fit_are_refused():
     with pytest.raises(ModelError, match="takes 4 latent channels and the VAE makes 16"):
         resolved(vae={"latent_channels": 16})
-    with pytest.raises(ModelError, match="width 32 and the text encoder makes 64"):
+    with pytest.raises(ModelError, match="width 32 and the base makes ones of 64"):
         resolved(text_encoder={"hidden_size": 64})
 
 

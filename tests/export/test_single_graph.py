@@ -20,8 +20,9 @@ from hypersd_export.runtime.pipeline import Pipeline
 from hypersd_export.runtime.single import SingleGraph
 from hypersd_export.spec import ExportSpec, PlanFlags
 from hypersd_export.targets import onnx_pipeline
-from hypersd_export.targets.onnx_pipeline import PARTS, Wiring, compose
+from hypersd_export.targets.onnx_pipeline import Wiring, compose
 
+PARTS = (Component.TEXT_ENCODER, Component.UNET, Component.VAE_DECODER)
 PROMPT = "a cat and a dog"
 
 
@@ -145,11 +146,11 @@ def test_input_scaling_and_the_scale_of_the_noise_are_in_it(lora_exported, tmp_p
     assert (tmp_path / "pipeline.onnx_data").stat().st_size > 0.9 * noted["weight_bytes"]
     assert (tmp_path / "pipeline.onnx").stat().st_size < 0.2 * noted["weight_bytes"] + 1_000_000
     loop = Pipeline.from_bundle(lora_exported.path)
-    ids = [loop.tokenizer.encode(text) for text in ("", PROMPT)]
+    ids = [loop.texts.ids(text) for text in ("", PROMPT)]
     noise = np.random.default_rng(0).standard_normal((2, *loop.latent_shape)).astype(np.float32)
     entry = replace(loop.plans.default, plan=plan, table=table)
     x = np.float32(table.init_noise_sigma) * noise
-    latents = loop.sample(entry, x, loop._guide(ids, 3.0), lambda _: noise)
+    latents = loop.sample(entry, x, loop._guide(ids, 3.0, None), lambda _: noise)
     graph = SingleGraph(open_graph(tmp_path / "pipeline.onnx", threads=1))
     mine, pixels = graph.draw(ids, noise, table, lambda _: noise)
     assert np.abs(mine - latents).max() < 2e-5 * np.abs(latents).max()

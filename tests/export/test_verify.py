@@ -85,7 +85,8 @@ def test_the_reference_feeds_an_embedded_guidance():
     module = lcm_unet()
     rng = np.random.default_rng(0)
     sample, states = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 4, 4), (2, 16, 32)))
-    result = unet_output(module, sample, 499.0, states, Guidance(kind=GuidanceKind.EMBEDDED, scale=8.0))
+    guidance = Guidance(kind=GuidanceKind.EMBEDDED, scale=8.0)
+    result = unet_output(module, sample, 499.0, {"encoder_hidden_states": states}, guidance)
     with torch.no_grad():
         expected = module(
             torch.from_numpy(sample), 499, encoder_hidden_states=torch.from_numpy(states),
@@ -114,7 +115,7 @@ def test_ids_that_transformers_does_not_give_are_a_failure(request_for, monkeypa
         progress=lambda _: None,
         scratch=request_for.out,
     )
-    worker._tokenizer(run)
+    worker._tokenizers(run)
     assert [failure for gate in run.gates for failure in gate.failures] == [
         "tokenizer gives other ids than transformers for 'a cat'",
         "tokenizer gives other ids than transformers for ''",

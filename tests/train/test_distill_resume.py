@@ -284,7 +284,7 @@ def test_steps_of_a_later_stage_may_change_and_of_an_earlier_one_may_not(tiny_ba
 def test_a_changed_base_is_refused(done, monkeypatch):
     config, out = done
     base, source = opened(config.base)
-    other = replace(base, exported=replace(base.exported, name="other"))
+    other = replace(base, model=replace(base.model, name="other"))
     monkeypatch.setattr(type(other), "digest", property(lambda self: "0" * 64))
     with pytest.raises(DataError, match="another base"):
         list(Distillation(config, out, base=other, source=source).run())

@@ -59,7 +59,9 @@ def test_pictures_are_those_of_the_exported_lora(base, networks, validator, plan
     encoder, vae = base.prompt_encoder(torch.float32), base.load_vae(torch.float32)
     ours = validator.pictures(networks, plan)
     for i, prompt in enumerate(PROMPTS):
-        cond, uncond = (encoder([text], size=(16, 16)).states.numpy() for text in (prompt, ""))
+        cond, uncond = (
+            {"encoder_hidden_states": encoder([text], size=(16, 16)).states.numpy()} for text in (prompt, "")
+        )
         latents = reference.denoise(
             unet, plan.table(), plan.guidance, cond=cond, uncond=uncond if plan is GUIDED else None,
             seed=7 + i, shape=SHAPE,
@@ -124,7 +126,7 @@ def test_the_builtin_base_is_looked_at_by_its_own_clip(base, networks):
     """The tiny pipeline under the built-in name: 16 px pictures are enlarged to the 32 that the CLIP takes."""
     from trainer.rewards.clip import ClipReward
 
-    named = replace(base, exported=replace(base.exported, name="builtin"))
+    named = replace(base, model=replace(base.model, name="builtin"))
     validator = Validator(named, PROMPTS, latent_shape=SHAPE, steps=(1,))
     assert isinstance(validator.reward, ClipReward)
     shown = validator(networks, [DDIM])

@@ -397,11 +397,14 @@ def test_pictures_are_those_that_exported_artifacts_are_held_to(parts, plan, mon
     monkeypatch.setattr("benchmarks.sampling.ROWS", 4)  # batches of 4, or of 2 with guidance
     captions = ["cat", "dog", "", "a cat", "cat dog"]
     pictures = parts.draw(captions, plan, first_seed=3)
-    empty = embed_captions(parts.text_encoder, parts.tokenizer, [""]).numpy() if plan.guidance.scale > 1 else None
-    for i, text in enumerate(captions):
-        cond = embed_captions(parts.text_encoder, parts.tokenizer, [text]).numpy()
+
+    def text(caption):
+        return {"encoder_hidden_states": embed_captions(parts.text_encoder, parts.tokenizer, [caption]).numpy()}
+
+    empty = text("") if plan.guidance.scale > 1 else None
+    for i, caption in enumerate(captions):
         latents = reference.denoise(
-            parts.unet, plan.table(), plan.guidance, cond=cond, uncond=empty, seed=3 + i, shape=(4, 4, 4)
+            parts.unet, plan.table(), plan.guidance, cond=text(caption), uncond=empty, seed=3 + i, shape=(4, 4, 4)
         )
         want = reference.decode(parts.vae, reference.unscale(parts.vae, latents)).clip(-1, 1)
         np.testing.assert_allclose(pictures[i].numpy(), want[0], atol=2e-5)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hypersd_export.errors import ModelError
 from hypersd_export.model import base as base_module
 from hypersd_export.model.base import BaseModel, open_base
-from hypersd_export.model.families import Family, family_of_pipeline
+from hypersd_export.model.families import PARTS, Family, family_of_pipeline
 from hypersd_export.model.folder import folder_parts
 from tests.lora_files import one_line, one_thread  # noqa: F401 - a fixture for the whole module
 
@@ -254,13 +254,12 @@ def test_incomplete_or_foreign_folders(folder: Path) -> None:
     refused(folder, match=r"scheduler_config\.json: no such file")
     shutil.rmtree(folder / "vae")
     with pytest.raises(ModelError, match=r"config\.json: no such file"):
-        folder_parts(folder, json.loads(index.read_text()), variant=None, allow_pickle=False)
+        folder_parts(folder, json.loads(index.read_text()), PARTS, variant=None, allow_pickle=False)
 
 
 @pytest.mark.parametrize(
     ("class_name", "family", "title"),
     [
-        ("StableDiffusionXLPipeline", Family.sdxl, "SDXL"),
         ("StableDiffusion3Pipeline", Family.sd3, "Stable Diffusion 3"),
         ("FluxPipeline", Family.flux, "FLUX"),
         ("KandinskyPipeline", Family.other, "another family"),

@@ -68,10 +68,10 @@ def test_hub_repositories_that_are_no_pipeline(folder: Path, tmp_path: Path, mon
     import huggingface_hub
 
     index = folder / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionXLPipeline"}))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusion3Pipeline"}))
     hub = Hub(folder, tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    assert open_base("owner/name").family is Family.sdxl
+    assert open_base("owner/name").family is Family.sd3
     assert len(hub.calls) == 1  # no weights of a family that cannot be exported
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path / "empty", tmp_path / "cache2"))
