@@ -11,6 +11,7 @@ from hypersd_export.build import Workshop, build_notes
 from hypersd_export.bundle.apple_note import resources_note
 from hypersd_export.bundle.cache import Stage
 from hypersd_export.bundle.packages import PIPELINE
+from hypersd_export.bundle.texts import hidden_output
 from hypersd_export.coreml_worker import (
     PIPELINE_FILE,
     Conversion,
@@ -31,6 +32,7 @@ from hypersd_export.targets.coreml import vendor
 
 APPLE_NAMES: Mapping[str, str] = {
     Component.TEXT_ENCODER.value: "TextEncoder",
+    Component.TEXT_ENCODER_2.value: "TextEncoder2",
     Component.UNET.value: "Unet",
     Component.VAE_DECODER.value: "VAEDecoder",
     Component.VAE_ENCODER.value: "VAEEncoder",
@@ -83,7 +85,16 @@ class Packages:
         """Where our inputs and outputs lie, by component; {} where they have our names."""
         if PIPELINE in self.stages:
             return PIPELINE_PORTS
-        return APPLE_PORTS if self.flags.layout == "apple" else {}
+        own = APPLE_PORTS if self.flags.layout == "apple" else {}
+        if Component.TEXT_ENCODER_2.value not in self.stages:
+            return own
+        return {**own, **{c.value: self._hidden(c) for c in (Component.TEXT_ENCODER, Component.TEXT_ENCODER_2)}}
+
+    def _hidden(self, component: str) -> Ports:
+        """The outputs of one of SDXL's text encoders."""
+        config = json.loads((self.stages[component].path / "config.json").read_text(encoding="utf-8"))
+        pooled = "pooler_output" if component == Component.TEXT_ENCODER else "text_embeds"
+        return {hidden_output(config): Port(name="hidden_embeds"), pooled: Port(name="pooled_outputs")}
 
     def files(self) -> dict[str, Path]:
         """What a bundle gets, by its name there."""
@@ -192,6 +203,7 @@ def pipeline_stage(workshop: Workshop, scales: Scales) -> Stage:
         guidance=entry.plan.guidance,
         scaling_factor=wiring.scaling_factor,
         shift_factor=wiring.shift_factor,
+        empty=wiring.empty,
         scales=scales,
     )
 

@@ -8,7 +8,7 @@ lines on standard output say how far it is.
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -87,7 +87,7 @@ class Conversion:
         """Load → fuse → graph → package; returns what build.json says: the package's figures, the fusion's proof."""
         import torch
 
-        from hypersd_export.graphs.apple import as_apple
+        from hypersd_export.graphs.apple import as_apple, two_outputs
         from hypersd_export.graphs.attention import use_attention
         from hypersd_export.graphs.components import build_graph, component_config
         from hypersd_export.graphs.half_safe import scale_norms
@@ -105,7 +105,7 @@ class Conversion:
         config = component_config(self.component, module, self.shapes) | source.base.marks(self.component.source)
         use_attention(module, self.attention)
         scale_norms(module, self.scales)
-        graph = build_graph(self.component, module, self.shapes, embedded_guidance=self.embedded_guidance)
+        graph = two_outputs(build_graph(self.component, module, self.shapes, embedded_guidance=self.embedded_guidance))
         graph = as_apple(graph) if self.layout == "apple" else convert.plain(graph)
         progress(f"converting {self.component}")
         built = convert.build(
@@ -120,7 +120,7 @@ class Conversion:
 class Joining:
     """The whole pipeline as the package `pipeline.mlpackage`, and each part's config.json in a folder of its name.
 
-    scales: of the group norms, by component of the pipeline (unet, vae).
+    scales: of the group norms, by component of the pipeline (unet, vae). empty: see `graphs.pipeline`.
     """
 
     source: SourceRequest
@@ -132,6 +132,7 @@ class Joining:
     guidance: Guidance
     scaling_factor: float
     shift_factor: float
+    empty: Sequence[Sequence[int]] = ()
     scales: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
@@ -166,9 +167,9 @@ class Joining:
         from hypersd_export.graphs.pipeline import pipeline_graph
         from hypersd_export.targets.coreml import convert
 
-        source, fused, graphs = open_source(self.source), [], []
+        source, fused, graphs = open_source(self.source), [], {}
         embedded = self.guidance.scale if self.guidance.kind is GuidanceKind.EMBEDDED else None
-        for part in (Component.TEXT_ENCODER, Component.UNET, Component.VAE_DECODER):
+        for part in (c for c in Component if c is not Component.VAE_ENCODER and c.source in source.base.parts):
             progress(f"loading {part}")
             module, reports = source.load(part.source, torch.float32)
             fused += reports
@@ -179,10 +180,11 @@ class Joining:
                 use_attention(module, self.attention)
             scale_norms(module, self.scales.get(part.source, {}))
             guidance = embedded if part is Component.UNET else None
-            graphs.append(build_graph(part, module, self.shapes, embedded_guidance=guidance))
+            graphs[part] = build_graph(part, module, self.shapes, embedded_guidance=guidance)
+        texts = [graph for part, graph in graphs.items() if part.startswith(Component.TEXT_ENCODER)]
         joined = pipeline_graph(
-            *graphs, table=self.table, guidance=self.guidance, scaling_factor=self.scaling_factor,
-            shift_factor=self.shift_factor,
+            texts, graphs[Component.UNET], graphs[Component.VAE_DECODER], table=self.table, guidance=self.guidance,
+            scaling_factor=self.scaling_factor, shift_factor=self.shift_factor, empty=self.empty,
         )  # fmt: skip
         progress("converting the pipeline")
         built = convert.build(

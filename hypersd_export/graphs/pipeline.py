@@ -3,40 +3,83 @@
     input_ids [1, S], negative_input_ids too under guidance, noise [1, C, h, w], step_noise [fresh ones, 1, C, h, w]
     → image [1, 3, H, W], whole numbers from 0 to 255 in float32, and latents [1, C, h, w]
 
-The table's rows are constants, and so is guidance. The weights stand there once, however often the UNet is called. This
-file owns its torch import.
+With SDXL there are the second tokenizer's ids too (input_ids_2, negative_input_ids_2), and time_ids [1, 6]. The table's
+rows are constants, and so is guidance. The weights stand there once, however often the UNet is called. This file owns
+its torch import.
 """
+
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from hypersd_export.diffusion import Guidance, GuidanceKind, StepTable
 from hypersd_export.graphs.spec import Graph
 
+Text = dict[str, torch.Tensor]
+"""Texts as the UNet sees them, by its inputs' names."""
+
 
 class PipelineGraph(torch.nn.Module):
-    """Text encoder, UNet and decoder (the modules of `graphs.components`) joined by a table."""
+    """Text encoders, UNet and decoder (the graphs of `graphs.components`) joined by a table.
+
+    empty: for each text encoder the ids of an empty prompt where that, as what is steered away from, is zeros to the
+    UNet (SDXL); else ().
+    """
 
     def __init__(
         self,
-        text_encoder: torch.nn.Module,
-        unet: torch.nn.Module,
-        vae_decoder: torch.nn.Module,
+        text_encoders: Sequence[Graph],
+        unet: Graph,
+        vae_decoder: Graph,
         *,
         table: StepTable,
         guidance: Guidance,
         scaling_factor: float,
         shift_factor: float,
+        empty: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__()
-        self.text_encoder, self.unet, self.vae_decoder = text_encoder, unet, vae_decoder
+        self.text_encoders = torch.nn.ModuleList(graph.module for graph in text_encoders)
+        self.unet, self.vae_decoder = unet.module, vae_decoder.module
+        self.outputs = [graph.output_names for graph in text_encoders]
         self.table = table
         self.weight = guidance.scale if guidance.kind is GuidanceKind.CFG else None
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+        self.empty = [list(ids) for ids in empty]
+
+    def forward(self, **given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inputs by their names to image and latents; see the module's docstring."""
+        text = self.text(given)
+        return self.draw(text, given["noise"], given.get("step_noise"))
+
+    def text(self, given: Mapping[str, torch.Tensor]) -> Text:
+        """The rows of one call of the UNet: unconditional first, if there is guidance."""
+        states, pooled, present = [], {}, None
+        for number, (encoder, names) in enumerate(zip(self.text_encoders, self.outputs, strict=True)):
+            suffix = "" if number == 0 else f"_{number + 1}"
+            ids = given[f"input_ids{suffix}"]
+            if self.weight is not None:
+                negative = given[f"negative_input_ids{suffix}"]
+                ids = torch.cat([negative, ids])
+                if self.empty:
+                    other = (negative - torch.tensor([self.empty[number]], dtype=negative.dtype)).abs().amax(1)
+                    present = other if present is None else present + other
+            outputs = dict(zip(names, encoder(ids), strict=True))
+            states.append(outputs["last_hidden_state" if len(self.outputs) == 1 else names[-2]])
+            if number == 1:
+                pooled = {"text_embeds": outputs["text_embeds"]}
+        text = {"encoder_hidden_states": torch.cat(states, dim=-1) if pooled else states[0], **pooled}
+        if present is not None:
+            keep = torch.cat([present.clamp(0, 1).float(), torch.ones(1)])
+            text = {name: value * keep.reshape(-1, *[1] * (value.ndim - 1)) for name, value in text.items()}
+        if pooled:
+            text["time_ids"] = given["time_ids"].expand(len(pooled["text_embeds"]), -1)
+        return text
 
     def draw(
-        self, states: torch.Tensor, noise: torch.Tensor, step_noise: torch.Tensor | None
+        self, text: Text, noise: torch.Tensor, step_noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Walk the table from noise, with text states [1 or 2, S, C], and decode."""
+        """Walk the table from noise, and decode."""
         sigma = self.table.init_noise_sigma
         x = noise if sigma == 1.0 else noise * sigma
         streams = self.table.noise_streams
@@ -44,9 +87,9 @@ class PipelineGraph(torch.nn.Module):
             scaled = x if row.k == 1.0 else x * row.k
             t = torch.tensor([row.t], dtype=torch.float32)
             if self.weight is None:
-                out = self.unet(scaled, t, states)
+                out = self.unet(scaled, t, *text.values())
             else:
-                both = self.unet(torch.cat([scaled, scaled]), t, states)
+                both = self.unet(torch.cat([scaled, scaled]), t, *text.values())
                 out = both[:1] + self.weight * (both[1:] - both[:1])
             x = x * row.a + out * row.b
             if row.c != 0.0:
@@ -57,57 +100,25 @@ class PipelineGraph(torch.nn.Module):
         return ((picture * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round(), x
 
 
-class _Plain(PipelineGraph):
-    def forward(self, input_ids: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Without guidance, without fresh noise."""
-        return self.draw(self.text_encoder(input_ids)[0], noise, None)
-
-
-class _Noisy(PipelineGraph):
-    def forward(
-        self, input_ids: torch.Tensor, noise: torch.Tensor, step_noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Without guidance, with fresh noise."""
-        return self.draw(self.text_encoder(input_ids)[0], noise, step_noise)
-
-
-class _Guided(PipelineGraph):
-    def forward(
-        self, negative_input_ids: torch.Tensor, input_ids: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """With guidance, without fresh noise."""
-        return self.draw(self.text_encoder(torch.cat([negative_input_ids, input_ids]))[0], noise, None)
-
-
-class _GuidedNoisy(PipelineGraph):
-    def forward(
-        self,
-        negative_input_ids: torch.Tensor,
-        input_ids: torch.Tensor,
-        noise: torch.Tensor,
-        step_noise: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """With guidance and fresh noise."""
-        return self.draw(self.text_encoder(torch.cat([negative_input_ids, input_ids]))[0], noise, step_noise)
-
-
-_KINDS = {(False, False): _Plain, (False, True): _Noisy, (True, False): _Guided, (True, True): _GuidedNoisy}
-"""By guidance and fresh noise: an exported program's inputs are the arguments of its module."""
-
-
 def pipeline_graph(
-    text_encoder: Graph, unet: Graph, vae_decoder: Graph, *, table: StepTable, guidance: Guidance,
-    scaling_factor: float, shift_factor: float,
+    text_encoders: Sequence[Graph], unet: Graph, vae_decoder: Graph, *, table: StepTable, guidance: Guidance,
+    scaling_factor: float, shift_factor: float, empty: Sequence[Sequence[int]] = (),
 ) -> Graph:  # fmt: skip
     """The graph of a pipeline of one picture, of the graphs of its parts; sample inputs are theirs."""
-    guided, noisy = guidance.kind is GuidanceKind.CFG, bool(table.noise_streams)
-    module = _KINDS[guided, noisy](
-        text_encoder.module, unet.module, vae_decoder.module, table=table, guidance=guidance,
-        scaling_factor=scaling_factor, shift_factor=shift_factor,
+    module = PipelineGraph(
+        text_encoders, unet, vae_decoder, table=table, guidance=guidance, scaling_factor=scaling_factor,
+        shift_factor=shift_factor, empty=empty,
     )  # fmt: skip
-    ids, latents = text_encoder.inputs["input_ids"][:1], vae_decoder.inputs["latent_sample"][:1]
-    inputs = {"negative_input_ids": ids.clone()} if guided else {}
-    inputs |= {"input_ids": ids, "noise": latents}
-    if noisy:
+    latents = vae_decoder.inputs["latent_sample"][:1]
+    ids = {
+        f"input_ids{'' if number == 1 else f'_{number}'}": graph.inputs["input_ids"][:1]
+        for number, graph in enumerate(text_encoders, start=1)
+    }
+    inputs = {f"negative_{name}": row.clone() for name, row in ids.items()} if module.weight is not None else {}
+    inputs |= ids
+    if "time_ids" in unet.inputs:
+        inputs["time_ids"] = unet.inputs["time_ids"][:1]
+    inputs["noise"] = latents
+    if table.noise_streams:
         inputs["step_noise"] = latents.expand(len(table.noise_streams), *latents.shape).contiguous()
     return Graph(name="pipeline", module=module, inputs=inputs, output_names=("image", "latents"))

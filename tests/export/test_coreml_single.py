@@ -44,9 +44,9 @@ def test_the_module_is_the_pipeline_of_torch(plan, tiny_base):
     source, table, guided = open_source(SourceRequest(base=str(tiny_base))), plan.table(), plan.guidance.scale > 1
     modules = {part: source.load(part.source, torch.float32)[0] for part in PARTS}
     shapes = replace(SHAPES, unet_batch=2 if guided else 1)
+    text, unet, decoder = (build_graph(part, module, shapes) for part, module in modules.items())
     graph = pipeline_graph(
-        *(build_graph(part, module, shapes) for part, module in modules.items()), table=table, guidance=plan.guidance,
-        scaling_factor=0.5, shift_factor=0.0,
+        [text], unet, decoder, table=table, guidance=plan.guidance, scaling_factor=0.5, shift_factor=0.0
     )  # fmt: skip
     ids = {name: np.random.default_rng(n).integers(0, 500, (1, 16)) for n, name in enumerate(("prompt", "negative"))}
     encoder = modules[Component.TEXT_ENCODER]
@@ -69,7 +69,7 @@ def test_the_module_is_the_pipeline_of_torch(plan, tiny_base):
         name: list(value.shape) for name, value in graph.inputs.items()
     }
     with torch.no_grad():
-        image, found = graph.module(*(torch.from_numpy(feeds[name]) for name in graph.inputs))
+        image, found = graph.module(**{name: torch.from_numpy(feeds[name]) for name in graph.inputs})
     assert max_abs(found, latents) < 1e-4 * np.abs(latents).max()
     picture = to_uint8(decode(vae, unscale(vae, latents)))
     assert max_abs(image.permute(0, 2, 3, 1), picture) <= 1  # where a value is halfway

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 TIMESTEP = "timestep"
+TIME_IDS = "time_ids"
+"""SDXL's numbers of the picture's size, which go through sines and cosines as the timestep does."""
 _WEIGHTED = frozenset({"linear", "matmul", "conv"})
 """The ops that end the time embedding's sines and cosines: from the first of them on, half will do."""
 
@@ -54,7 +56,7 @@ def exported(graph: Graph) -> "ExportedProgram":
     import torch
 
     with torch.no_grad():
-        program = torch.export.export(graph.module.eval(), tuple(graph.inputs.values())).run_decompositions({})
+        program = torch.export.export(graph.module.eval(), (), dict(graph.inputs)).run_decompositions({})
     assert program.graph_signature.user_inputs == tuple(graph.inputs), "inputs are named as the module's arguments"
     for node in list(program.graph.nodes):
         if node.target is torch.ops.aten.alias.default:
@@ -76,13 +78,13 @@ class Float32:
     """Says of each MIL op, asked in the program's order, whether it stays in float32.
 
     Those do that make the time embedding's sines and cosines, as their angles go up to 999, where half steps by 0.5:
-    they are behind the input `timestep` and before the first op with weights. And those of `names`.
+    they are behind the inputs `timestep` and `time_ids` and before the first op with weights. And those of `names`.
     """
 
     def __init__(self, names: Collection[str] = ()) -> None:
         self.kept: list[str] = []
         """The names of the ops for which it was true."""
-        self._values = {TIMESTEP}
+        self._values = {TIMESTEP, TIME_IDS}
         self._names = frozenset(names)
 
     def __call__(self, op: Any) -> bool:
