@@ -98,9 +98,9 @@ overwritten during the loop whenever guidance is off, and every picture is garba
 
 ```python
 from diffusers import {scheduler}
-from optimum.onnxruntime import ORTStableDiffusionPipeline
+from optimum.onnxruntime import {pipeline}
 
-pipeline = ORTStableDiffusionPipeline.from_pretrained(".", use_io_binding=False)
+pipeline = {pipeline}.from_pretrained(".", use_io_binding=False)
 pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")
 image = pipeline({prompt_python}, {call}).images[0]
 ```
@@ -126,8 +126,7 @@ _INEXACT = (
 
 def _inputs(shapes: Mapping[str, Sequence[int]]) -> str:
     rows = [
-        [f"`{name}`", "int64" if name.endswith("ids") else "float32", str(list(shape))]
-        for name, shape in shapes.items()
+        [f"`{name}`", "int64" if "input_ids" in name else "float32", str(list(shape))] for name, shape in shapes.items()
     ]
     return _table(["input", "type", "shape"], rows)
 
@@ -278,7 +277,9 @@ def _elsewhere(card: Mapping[str, Any]) -> str:
 def _onnx(card: Mapping[str, Any]) -> str:
     if card.get("single_graph"):
         return _SINGLE.format(inputs=_inputs(card["single_graph"]))
+    xl = "XL" if card["base"]["family"] == "sdxl" else ""
     return _OPTIMUM.format(
+        pipeline=f"ORTStableDiffusion{xl}Pipeline",
         scheduler=card["scheduler"],
         call=card["call"],
         prompt_python=json.dumps(str(card["prompt"]), ensure_ascii=False),

@@ -65,12 +65,15 @@ def read_tokenizer(folder: Path, max_length: int) -> Tokenizer:
     return Tokenizer(vocabulary=vocabulary, merges=merges, max_length=length, fast=fast, **specials)
 
 
-def clip_tokenizer(max_length: int = 77) -> Tokenizer:
-    """The tokenizer of CLIP ViT-L/14, which Stable Diffusion 1.x uses and a single-file checkpoint does not carry."""
+def clip_tokenizer(max_length: int = 77, *, pad: str = END) -> Tokenizer:
+    """The tokenizer of CLIP ViT-L/14, which Stable Diffusion 1.x uses and a single-file checkpoint does not carry.
+
+    OpenCLIP's is the same with `pad` "!" (Stable Diffusion 2.x, and SDXL's second one).
+    """
     merges = _read_merges(CLIP_MERGES)
     alphabet = _alphabet()
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(m.replace(" ", "") for m in merges), START, END]
-    return Tokenizer(vocabulary={t: i for i, t in enumerate(tokens)}, merges=merges, max_length=max_length)
+    return Tokenizer(vocabulary={t: i for i, t in enumerate(tokens)}, merges=merges, max_length=max_length, pad=pad)
 
 
 def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:

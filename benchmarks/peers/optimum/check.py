@@ -1,4 +1,4 @@
-"""Load a bundle in optimum-onnx's ORTStableDiffusionPipeline and compare its picture with the bundle's golden image.
+"""Load a bundle in optimum-onnx's ORTStableDiffusion(XL)Pipeline and compare its picture with the golden image.
 
 Runs in the peer's own environment (see ../README.md), so it imports nothing of this project. Prints one JSON line:
 {"psnr_db": without IO binding, "psnr_db_io_binding": with it, "max_abs_latents_io_binding": …}.
@@ -16,9 +16,10 @@ from PIL import Image
 
 def draw(bundle: Path, golden: dict[str, Any], *, io_binding: bool) -> Image.Image:
     """The golden prompt's picture, from the golden noise, by the bundle's own scheduler."""
-    from optimum.onnxruntime import ORTStableDiffusionPipeline
+    from optimum import onnxruntime
 
-    pipeline = ORTStableDiffusionPipeline.from_pretrained(
+    name = json.loads((bundle / "model_index.json").read_text())["_class_name"]
+    pipeline = getattr(onnxruntime, f"ORT{name}").from_pretrained(
         bundle, provider="CPUExecutionProvider", use_io_binding=io_binding
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -1,0 +1,112 @@
+"""A pipeline of the published size with random weights: `python -m benchmarks.random_pipeline sd15|sd21|sdxl OUT`
+
+In diffusers' format, fp16 safetensors, without a network: to measure what an export costs where no weights can be had.
+Sizes are those of the published config.json files, weights are normal with a deviation of 0.02 (biases too), so that
+pictures are noise. SD 2.x is the 768-v one.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.full_size import SD_VAE, random_weights
+from benchmarks.results import one_line_error
+from hypersd_export.model.tokenizer import clip_tokenizer, write_tokenizer
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "hidden_act": "quick_gelu", "projection_dim": 768}  # fmt: skip
+OPEN_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+          "hidden_act": "gelu", "projection_dim": 512}  # fmt: skip
+OPEN_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+              "hidden_act": "gelu", "projection_dim": 1280}  # fmt: skip
+SCHEDULE = {
+    "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}  # fmt: skip
+FAMILIES = ("sd15", "sd21", "sdxl")
+
+
+def unet_config(family: str) -> dict[str, Any]:
+    """The UNet's published config."""
+    from trainer.distill.config import recipe
+    from trainer.distill.memory import unet_of
+
+    config = dict(unet_of(recipe("sdxl" if family == "sdxl" else "sd15"))[0])
+    if family == "sd21":
+        heads = [5, 10, 20, 20]
+        config |= {"cross_attention_dim": 1024, "attention_head_dim": heads, "use_linear_projection": True}
+        config["sample_size"] = 96
+    return config
+
+
+def parts_of(family: str) -> Mapping[str, Callable[[], Any]]:
+    """The components with weights by name, each made when it is asked for."""
+    vae = {**SD_VAE, **({"scaling_factor": 0.13025, "force_upcast": True} if family == "sdxl" else {})}
+    first = OPEN_H if family == "sd21" else CLIP_L
+    parts: dict[str, Callable[[], Any]] = {
+        "unet": lambda: random_weights("UNet2DConditionModel", unet_config(family)),
+        "vae": lambda: random_weights("AutoencoderKL", vae),
+        "text_encoder": lambda: text_encoder("CLIPTextModel", first),
+    }
+    if family == "sdxl":
+        parts["text_encoder_2"] = lambda: text_encoder("CLIPTextModelWithProjection", OPEN_BIG_G)
+    return parts
+
+
+def text_encoder(kind: str, config: Mapping[str, Any]) -> Any:
+    """A text encoder of transformers' class `kind` with random weights in half."""
+    import torch
+    import transformers
+    from accelerate import init_empty_weights
+
+    ends = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1, "vocab_size": 49408}
+    with init_empty_weights(include_buffers=False):
+        model = getattr(transformers, kind)(transformers.CLIPTextConfig(**config, **ends, max_position_embeddings=77))
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            generator = torch.Generator().manual_seed(weight.numel())
+            drawn = torch.empty(weight.shape, dtype=torch.float16).normal_(0.0, 0.02, generator=generator)
+            setattr(module, name, torch.nn.Parameter(drawn, requires_grad=False))
+    return model
+
+
+def write(family: str, folder: Path) -> None:
+    """The pipeline folder, one component in memory at a time."""
+    clip = ["transformers", "CLIPTokenizer"]
+    index: dict[str, Any] = {"scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": clip}
+    for name, make in parts_of(family).items():
+        module = make()
+        library = type(module).__module__.partition(".")[0]
+        index[name] = [library, type(module).__name__]
+        module.save_pretrained(folder / name, safe_serialization=True)
+        del module
+        print(name, flush=True)
+    write_tokenizer(clip_tokenizer(), folder / "tokenizer")
+    if family == "sdxl":
+        write_tokenizer(clip_tokenizer(pad="!"), folder / "tokenizer_2")
+        index |= {"tokenizer_2": clip, "force_zeros_for_empty_prompt": True}
+    schedule = {**SCHEDULE, "prediction_type": "v_prediction" if family == "sd21" else "epsilon"}
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=1) + "\n")
+    index["_class_name"] = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, write: the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("out", type=Path, help="the pipeline's folder, made if missing")
+    options = parser.parse_args(arguments)
+    with one_line_error() as ended:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write(options.family, options.out)
+    return ended.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
