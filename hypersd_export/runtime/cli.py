@@ -76,6 +76,9 @@ def generate(
         str | None, typer.Option(help="onnxruntime's: cpu (the default), cuda, tensorrt, coreml, directml, openvino, …")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; one per core if not given.")] = None,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="With --provider cuda: capture the UNet's call and replay it.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="A .png file (replaced if there), or a folder; the current one.")
     ] = None,
@@ -104,8 +107,9 @@ def generate(
         from hypersd_export.runtime.pipeline import Pipeline
 
         pipeline = Pipeline.from_bundle(
-            bundle, runtime=runtime, provider=provider, check=check, threads=threads, function=function
-        )
+            bundle, runtime=runtime, provider=provider, check=check, threads=threads, function=function,
+            cuda_graph=cuda_graph,
+        )  # fmt: skip
         opened = time.perf_counter() - began
         if golden:
             _golden(pipeline, as_json)

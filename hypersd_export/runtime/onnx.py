@@ -1,7 +1,7 @@
 """onnxruntime sessions: one per component, on the provider that was asked for and on no other.
 
-Results are fresh arrays: `run` neither binds nor reuses buffers, because a UNet whose output buffer is its input
-buffer overwrites the latents that the step still needs.
+Results are fresh arrays, and no buffer is both an input and an output: a UNet whose output buffer is its input buffer
+overwrites the latents that the step still needs.
 """
 
 import functools
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hypersd_export.errors import BundleError, MissingBackend, OptionError
 from hypersd_export.runtime.graph import Array, Run, Tensor, as_input, first_line
+from hypersd_export.runtime.onnx_binding import DEVICES, BoundGraph, can_bind
 
 PIPELINE_FILE = "pipeline.onnx"
 """The whole pipeline as one graph."""
@@ -35,6 +36,7 @@ _DTYPES: dict[str, Any] = {
     "tensor(double)": np.float64,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
 }
 
 
@@ -45,7 +47,13 @@ class OnnxGraph:
     path: Path
     session: Any
     inputs: Mapping[str, Tensor]
-    outputs: tuple[str, ...]
+    results: Mapping[str, Tensor]
+    provider: str = "cpu"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the outputs."""
+        return tuple(self.results)
 
     def run(self, **feeds: npt.ArrayLike) -> dict[str, Array]:
         """Evaluate the graph; inputs are cast to its types, and the outputs are new arrays by name.
@@ -61,22 +69,38 @@ class OnnxGraph:
         return dict(zip(self.outputs, outputs, strict=True))
 
     def fixed(self, **feeds: npt.ArrayLike) -> Run:
-        """`run` with these inputs given once and for all."""
-        return functools.partial(self.run, **feeds)
+        """`run` with these inputs given once and for all: bound buffers, where a device has a memory of its own."""
+        if self.provider == "cpu" or not can_bind(self.inputs, self.results, self.provider):
+            return functools.partial(self.run, **feeds)
+        return self.bound(**feeds)
+
+    def bound(self, **feeds: npt.ArrayLike) -> BoundGraph:
+        """The graph with a buffer for each input and output, these inputs in theirs; all shapes have to be fixed."""
+        graph = BoundGraph(
+            session=self.session, where=str(self.path), inputs=self.inputs, outputs=self.results,
+            device=DEVICES[self.provider],
+        )  # fmt: skip
+        graph.set(feeds)
+        return graph
 
 
 @dataclass(kw_only=True)
 class OnnxRuntime:
-    """A bundle's ONNX graphs in onnxruntime."""
+    """A bundle's ONNX graphs in onnxruntime; with `cuda_graph` the UNet's calls are captured once and replayed."""
 
     path: Path
     provider: str = "cpu"
     threads: int | None = None
+    cuda_graph: bool = False
     name: str = field(default="onnx", init=False)
     _graphs: dict[Path, OnnxGraph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         resolve_provider(self.provider)
+        if self.cuda_graph and self.provider != "cuda":
+            raise OptionError(f"--cuda-graph with provider {self.provider!r}: it is CUDA's; give --provider cuda")
+        if self.cuda_graph and self.is_single_graph:
+            raise OptionError("--cuda-graph: CUDA cannot capture this bundle's Loop; export without --single-graph")
 
     @property
     def is_single_graph(self) -> bool:
@@ -85,15 +109,16 @@ class OnnxRuntime:
 
     def graph(self, component: str) -> OnnxGraph:
         """A component's graph; see `open_graph`."""
-        return self._open(self.path / component / "model.onnx")
+        return self._open(self.path / component / "model.onnx", cuda_graph=self.cuda_graph and component == "unet")
 
     def single(self) -> OnnxGraph:
         """`pipeline.onnx`; see `open_graph`."""
         return self._open(self.path / PIPELINE_FILE)
 
-    def _open(self, path: Path) -> OnnxGraph:
+    def _open(self, path: Path, *, cuda_graph: bool = False) -> OnnxGraph:
         if path not in self._graphs:
-            self._graphs[path] = open_graph(path, provider=self.provider, threads=self.threads)
+            graph = open_graph(path, provider=self.provider, threads=self.threads, cuda_graph=cuda_graph)
+            self._graphs[path] = graph
         return self._graphs[path]
 
 
@@ -125,7 +150,9 @@ def resolve_provider(name: str) -> str:
     raise OptionError(f"provider {name!r} is not in this build of onnxruntime: it has {here}")
 
 
-def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None, optimise: bool = True) -> OnnxGraph:
+def open_graph(
+    path: Path, *, provider: str = "cpu", threads: int | None = None, optimise: bool = True, cuda_graph: bool = False
+) -> OnnxGraph:
     """Load a model.onnx.
 
     Args:
@@ -135,6 +162,7 @@ def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None,
         threads: for one operator; onnxruntime's choice (one per core) if None.
         optimise: let onnxruntime rewrite the graph first; without it every node is evaluated as it stands in the
             file and in the file's order, and memory is given back as soon as a value is used up.
+        cuda_graph: let CUDA capture a call and replay it (`OnnxGraph.bound` alone may be called then).
 
     Raises:
         OptionError, MissingBackend: see `resolve_provider`; or the provider does not start on this machine.
@@ -156,8 +184,9 @@ def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None,
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
+    chosen = (wanted, {"enable_cuda_graph": "1"}) if cuda_graph else wanted
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[wanted], enable_fallback=0)
+        session = onnxruntime.InferenceSession(str(path), options, providers=[chosen], enable_fallback=0)
     except Exception as error:  # onnxruntime's own types, which share no base class
         raise BundleError(f"cannot load {path} on {provider}: {first_line(error)}") from error
     if wanted not in session.get_providers():
@@ -166,12 +195,13 @@ def open_graph(path: Path, *, provider: str = "cpu", threads: int | None = None,
         path=path,
         session=session,
         inputs={node.name: _tensor(node, path) for node in session.get_inputs()},
-        outputs=tuple(node.name for node in session.get_outputs()),
+        results={node.name: _tensor(node, path) for node in session.get_outputs()},
+        provider=provider,
     )
 
 
 def _tensor(node: Any, path: Path) -> Tensor:
     if node.type not in _DTYPES:
-        raise BundleError(f"{path} has input {node.name!r} of type {node.type}, which this runtime does not feed")
+        raise BundleError(f"{path} has {node.name!r} of type {node.type}, which this runtime does not know")
     shape = tuple(size if isinstance(size, int) else None for size in node.shape)
     return Tensor(shape=shape, dtype=_DTYPES[node.type])

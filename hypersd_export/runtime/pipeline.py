@@ -77,6 +77,7 @@ class Pipeline:
         threads: int | None = None,
         batch: int = 1,
         function: str | None = None,
+        cuda_graph: bool = False,
     ) -> "Pipeline":
         """Open a bundle.
 
@@ -88,6 +89,7 @@ class Pipeline:
             check: compare every file with its sha256 in the manifest first.
             threads: onnxruntime's, for one operator; one per core if None.
             batch: images at once where the graphs were exported with a free batch size.
+            cuda_graph: with onnxruntime's "cuda", capture the UNet's call once and replay it.
             function: of a bundle that `hypersd-export coreml-merge` made, whose pictures these are; the first if None.
 
         Raises:
@@ -102,7 +104,9 @@ class Pipeline:
             verify_files(bundle, manifest)
         if batch < 1:
             raise OptionError(f"batch {batch}: must be at least 1")
-        opened = open_runtime(runtime, bundle, manifest, provider=provider, threads=threads, function=function)
+        opened = open_runtime(
+            runtime, bundle, manifest, provider=provider, threads=threads, function=function, cuda_graph=cuda_graph
+        )
         plans = Folder(bundle, function).plans()
         return cls(
             path=bundle, plans=plans, digest=bundle_digest(bundle), runtime=opened, batch=batch, function=function

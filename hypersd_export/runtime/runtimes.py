@@ -28,10 +28,10 @@ def resolve_runtime(name: str | None, manifest: Manifest) -> str:
 
 def open_runtime(
     name: str | None, bundle: Path, manifest: Manifest, *, provider: str | None, threads: int | None,
-    function: str | None = None,
+    function: str | None = None, cuda_graph: bool = False,
 ) -> Runtime:  # fmt: skip
-    """Open what runs this bundle; `threads` is onnxruntime's alone, `provider` its own or Core ML's compute units, and
-    `function` one of those that Core ML's packages have.
+    """Open what runs this bundle; `threads` and `cuda_graph` are onnxruntime's alone, `provider` its own or Core ML's
+    compute units, and `function` one of those that Core ML's packages have.
 
     Raises:
         OptionError, MissingBackend: see `resolve_runtime`, and what the runtime itself raises.
@@ -42,11 +42,15 @@ def open_runtime(
     if wanted == "onnx":
         from hypersd_export.runtime.onnx import OnnxRuntime
 
-        return OnnxRuntime(path=bundle, provider=provider or "cpu", threads=threads)
-    others = (("--provider", provider if wanted == "tensorrt" else None), ("--threads", threads))
-    for option, value in others:
-        if value is not None:
-            raise OptionError(f"{option} {value}: it is onnxruntime's, and runtime {wanted!r} has no such choice")
+        return OnnxRuntime(path=bundle, provider=provider or "cpu", threads=threads, cuda_graph=cuda_graph)
+    others = {
+        f"--provider {provider}": provider is not None and wanted == "tensorrt",
+        f"--threads {threads}": threads is not None,
+        "--cuda-graph": cuda_graph,
+    }
+    for option, given in others.items():
+        if given:
+            raise OptionError(f"{option}: it is onnxruntime's, and runtime {wanted!r} has no such choice")
     if wanted == "coreml":
         from hypersd_export.runtime.coreml import open_packages
 

@@ -1,6 +1,8 @@
 """Sessions: the provider that was asked for or an error, fresh outputs, one-line failures."""
 
+import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import onnxruntime
 import pytest
 
 from hypersd_export.errors import BundleError, MissingBackend, OptionError
-from hypersd_export.runtime.onnx import PROVIDERS, open_graph, resolve_provider
+from hypersd_export.runtime.onnx import PROVIDERS, OnnxRuntime, open_graph, resolve_provider
+from hypersd_export.runtime.onnx_binding import can_bind
 from tests.bundles import CHANNELS, HEIGHT, TOKENS, WIDTH, write_text_encoder, write_unet
 
 
@@ -133,7 +136,7 @@ def test_an_input_type_that_is_not_fed(tmp_path: Path) -> None:
 
     node = helper.make_node("Not", ["flag"], ["out"])
     save_graph(tmp_path / "model.onnx", [node], [value_info("flag", [1], "BOOL")], [value_info("out", [1], "BOOL")], {})
-    with pytest.raises(BundleError, match=r"input 'flag' of type tensor\(bool\)"):
+    with pytest.raises(BundleError, match=r"'flag' of type tensor\(bool\)"):
         open_graph(tmp_path / "model.onnx")
 
 
@@ -155,3 +158,66 @@ def test_a_graph_can_be_evaluated_as_it_stands(unet: Path, monkeypatch: pytest.M
     levels = onnxruntime.GraphOptimizationLevel
     assert seen == [levels.ORT_ENABLE_ALL, levels.ORT_DISABLE_ALL]
     np.testing.assert_allclose(*outputs, rtol=0, atol=1e-6)
+
+
+def test_bound_buffers_are_apart_and_results_are_copies(unet: Path) -> None:
+    graph = open_graph(unet / "unet" / "model.onnx", threads=1)
+    given = feeds()
+    bound = graph.bound(encoder_hidden_states=given["encoder_hidden_states"])
+    addresses = [value.data_ptr() for value in bound.values.values()]
+    assert len(set(addresses)) == len(graph.inputs) + len(graph.outputs)
+    sample = given["sample"].astype(np.float32)
+    first = bound(sample=sample, timestep=given["timestep"])["out_sample"]
+    np.testing.assert_allclose(first, expected(**given), rtol=0, atol=1e-6)
+    kept = first.copy()
+    second = bound(sample=first, timestep=given["timestep"])["out_sample"]  # as a step without guidance does
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_allclose(second, expected(**{**given, "sample": first}), rtol=0, atol=1e-6)
+    assert [value.data_ptr() for value in bound.values.values()] == addresses
+    bound.set({"encoder_hidden_states": 2 * given["encoder_hidden_states"]})
+    changed = {**given, "encoder_hidden_states": 2 * given["encoder_hidden_states"]}
+    again = bound(sample=sample, timestep=given["timestep"])["out_sample"]
+    np.testing.assert_allclose(again, expected(**changed), rtol=0, atol=1e-6)
+
+
+def test_bound_inputs_that_do_not_fit(unet: Path) -> None:
+    bound = open_graph(unet / "unet" / "model.onnx").bound()
+    with pytest.raises(BundleError, match=r"has no input 'x'"):
+        bound(x=1)
+    with pytest.raises(BundleError, match=r"sample of shape \[1, .*wanted \[2, "):
+        bound(sample=feeds(1)["sample"])
+
+
+def test_what_is_bound(unet: Path) -> None:
+    """A device with a memory of its own, and fixed shapes; on the CPU there is nothing to copy."""
+    whole, free = (open_graph(unet / name / "model.onnx") for name in ("unet", "half"))
+    assert can_bind(whole.inputs, whole.results, "cuda")
+    assert not can_bind(whole.inputs, whole.results, "openvino")
+    assert not can_bind(free.inputs, free.results, "cuda")
+    states = feeds()["encoder_hidden_states"]
+    assert isinstance(whole.fixed(encoder_hidden_states=states), functools.partial)
+    device = replace(whole, provider="cuda")
+    with pytest.raises(RuntimeError):  # this build has no CUDA, which is asked for and not replaced
+        device.fixed(encoder_hidden_states=states)
+
+
+def test_cuda_graphs_are_cudas(unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="--cuda-graph with provider 'cpu'"):
+        OnnxRuntime(path=unet, cuda_graph=True)
+    seen: list[Any] = []
+    real = onnxruntime.InferenceSession
+
+    def spy(path: str, options: Any, *, providers: list[Any], **more: Any) -> Any:
+        seen.append(providers)
+        return real(path, options, providers=["CPUExecutionProvider"], **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    monkeypatch.setattr("hypersd_export.runtime.onnx.resolve_provider", lambda name: "CPUExecutionProvider")
+    runtime = OnnxRuntime(path=unet, provider="cuda", cuda_graph=True)
+    runtime.graph("unet")
+    runtime.graph("half")
+    assert seen == [[("CPUExecutionProvider", {"enable_cuda_graph": "1"})], ["CPUExecutionProvider"]]
+    (unet / "pipeline.onnx").touch()
+    with pytest.raises(OptionError, match="cannot capture this bundle's Loop"):
+        OnnxRuntime(path=unet, provider="cuda", cuda_graph=True)
+    (unet / "pipeline.onnx").unlink()
