@@ -4,6 +4,7 @@
 asks the `Workshop` for the graphs of its precision; whether those are published too is not its business.
 """
 
+import dataclasses
 import functools
 import gc
 import json
@@ -27,6 +28,8 @@ from hypersd_export.verify import range_scan
 from hypersd_export.verify.range_scan import Drawing, Ranges
 
 COMPOSE = "onnx-pipeline"
+QUANTIZED = (Component.TEXT_ENCODER, Component.TEXT_ENCODER_2, Component.UNET)
+"""What gets integer weights; not the VAE, which is small, and the first to show it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +46,8 @@ class OnnxGraphs:
     whole: Stage | None = None
     ranges: Mapping[Component, Ranges] = field(default_factory=dict)
     """fp16 alone: what the range scan found."""
+    quantized: str | None = None
+    """How the weights are stored, where not as they are."""
 
     def keys(self) -> dict[str, str]:
         """The cache keys of all of them, by name."""
@@ -58,6 +63,7 @@ class OnnxGraphs:
             components={component: stage.path for component, stage in self.components.items()},
             keys=self.keys(),
             files=self.files(),
+            compression=self.quantized,
         )
 
     def files(self) -> dict[str, Path]:
@@ -86,13 +92,13 @@ class Artifacts:
     files: Mapping[str, Path] = field(default_factory=dict)
     ports: Mapping[str, Ports] = field(default_factory=dict)
     compression: str | None = None
-    """How the weights of packages are stored that are compressed: such as 6bit, int8 or mixed."""
+    """How the weights are stored that are compressed: such as 6bit, int8 or mixed."""
 
     @property
     def label(self) -> str:
         """What tells them from others of the same export."""
         if self.target is Target.ONNX:
-            return self.precision
+            return self.precision if self.compression is None else f"{self.precision}-{self.compression}"
         return self.target.value if self.compression is None else f"{self.target}-{self.compression}"
 
 
@@ -125,6 +131,21 @@ class Workshop:
         if precision not in self._onnx:
             self._onnx[precision] = self._graphs(precision)
         return self._onnx[precision]
+
+    def quantized(self, precision: str, kind: str) -> OnnxGraphs:
+        """The same with integer weights in text encoders and UNet."""
+        raw = self.onnx(precision)
+        components = {
+            component: self._integers(component, stage, precision, kind) if component in QUANTIZED else stage
+            for component, stage in raw.components.items()
+        }
+        whole = self._compose(precision, components, kind) if self.job.spec.single_graph else None
+        return dataclasses.replace(raw, components=components, whole=whole, quantized=kind)
+
+    def _integers(self, component: Component, raw: Stage, precision: str, kind: str) -> Stage:
+        depends = {"graph": raw.key, "kind": kind, "versions": tool_versions(), "code": code_digests(("targets",))}
+        name = _name(precision, f"{component}-{kind}")
+        return self.stage(name, depends, functools.partial(store_integers, raw.path, kind, precision))
 
     def stage(self, name: str, depends: Mapping[str, Any], build: Callable[[Path], None]) -> Stage:
         """A timed stage, out of the cache or built by `build(folder)`."""
@@ -182,7 +203,7 @@ class Workshop:
         depends = {"graph": raw.key, "kept": names, "versions": tool_versions(), "code": code_digests(("targets",))}
         return self.stage(_name("fp16", f"{component}-kept"), depends, functools.partial(keep_ops, raw.path, names))
 
-    def _compose(self, precision: str, parts: Mapping[Component, Stage]) -> Stage:
+    def _compose(self, precision: str, parts: Mapping[Component, Stage], kind: str | None = None) -> Stage:
         """The single graph of these components."""
         from hypersd_export.targets.onnx_pipeline import compose
 
@@ -190,7 +211,7 @@ class Workshop:
             graphs = {component: stage.path / MODEL_FILE for component, stage in parts.items()}
             _write_json(folder / "build.json", compose(graphs, self.job.wiring, folder))
 
-        name = _name(precision, "pipeline")
+        name = _name(precision, "pipeline" if kind is None else f"pipeline-{kind}")
         return self.stage(name, self.job.compose_depends({c: stage.key for c, stage in parts.items()}), build)
 
 
@@ -235,6 +256,18 @@ def keep_ops(raw: Path, names: Sequence[str], folder: Path) -> None:
     _write_json(folder / "build.json", {"built": built, "fused": notes["fused"], "fp32_nodes": there})
 
 
+def store_integers(raw: Path, kind: str, precision: str, folder: Path) -> None:
+    """A component's stage `raw` with integer weights, as another stage."""
+    from hypersd_export.targets import onnx, onnx_fp16, onnx_quantize
+
+    model = onnx_fp16.read(raw / MODEL_FILE)
+    stored = onnx_quantize.quantize(model, kind)
+    built = onnx.write(model, folder, precision=precision)
+    shutil.copyfile(raw / "config.json", folder / "config.json")
+    notes = json.loads((raw / "build.json").read_text(encoding="utf-8"))
+    _write_json(folder / "build.json", notes | {"built": built | {"quantized": stored}})
+
+
 def _drawing(job: Job, scratch: Path) -> Drawing:
     """What the range scan draws: the export's prompt and others, by the bundle's own tokenizers."""
     from hypersd_export.runtime.tokenizer import load_tokenizer
@@ -256,14 +289,18 @@ def _drawing(job: Job, scratch: Path) -> Drawing:
 
 def onnx_target(workshop: Workshop) -> Built:
     """ONNX: the graphs themselves."""
-    precision = workshop.job.spec.precision_of(Target.ONNX)
-    graphs = workshop.onnx(precision)
+    spec = workshop.job.spec
+    precision = spec.precision_of(Target.ONNX)
+    raw = workshop.onnx(precision)
+    graphs = raw if spec.quantize is None else workshop.quantized(precision, spec.quantize)
     return Built(
         target=Target.ONNX,
         precision=precision,
         files=graphs.files(),
-        record=onnx_record(graphs, workshop.job.spec.opset),
-        artifacts=(graphs.artifacts(published=True),),
+        record=onnx_record(graphs, spec.opset),
+        artifacts=tuple(
+            each.artifacts(published=each is graphs) for each in ((graphs,) if graphs is raw else (graphs, raw))
+        ),
     )
 
 
@@ -274,6 +311,7 @@ def onnx_record(graphs: OnnxGraphs, opset: int) -> dict[str, Any]:
     return {
         **single,
         "precision": graphs.precision,
+        **({} if graphs.quantized is None else {"quantize": graphs.quantized}),
         "opset": opset,
         "components": {
             component.value: note["built"] | _range_record(graphs, component, note)

@@ -13,7 +13,7 @@ from hypersd_export.graphs.spec import Component
 from hypersd_export.job import code_digests
 from hypersd_export.targets.coreml import QUANTIZED, vendor
 
-COMPRESSED = (Component.TEXT_ENCODER.value, Component.UNET.value, PIPELINE)
+COMPRESSED = (Component.TEXT_ENCODER.value, Component.TEXT_ENCODER_2.value, Component.UNET.value, PIPELINE)
 """What is compressed; not the VAE, which is small, and the first to show it."""
 TEXT_FORM = "int8"
 """What the text encoder gets where the UNet's palettes are mixed: as large as palettes of 8 bits, and nearer."""

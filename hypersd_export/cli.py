@@ -70,7 +70,7 @@ def export_command(
     ] = False,
     palettize: Annotated[int | None, typer.Option(help="Bits a weight of Core ML packages: 8, 6, 4, 3 or 2.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Weights of Core ML packages as integers: int8, from iOS18 on int4.")
+        str | None, typer.Option(help="Weights of ONNX graphs and Core ML packages as integers: int8 or int4.")
     ] = None,
     size_budget: Annotated[
         float | None,
@@ -105,10 +105,12 @@ def export_command(
             parse_size,
             parse_targets,
         )
+        from hypersd_export.targets import Target
         from hypersd_export.targets.tensorrt import parse_capabilities
 
+        targets = parse_targets(target)
         spec = ExportSpec(
-            targets=parse_targets(target),
+            targets=targets,
             base=base,
             unet=unet,
             vae=vae,
@@ -130,6 +132,7 @@ def export_command(
             single_graph=single_graph,
             unroll=unroll,
             opset=opset,
+            quantize=None if targets == (Target.COREML,) else quantize,
             engines=EngineFlags(
                 flavour=trt_flavour,
                 capabilities=parse_capabilities(compute_capability),
@@ -141,7 +144,7 @@ def export_command(
                 attention=attention,
                 lora_apart=lora_apart,
                 palettize=palettize,
-                quantize=quantize,
+                quantize=quantize if Target.COREML in targets else None,
                 size_budget=size_budget,
                 chunk_unet=chunk_unet,
                 compute_units=compute_units,

@@ -75,6 +75,7 @@ def _options(manifest: Manifest) -> dict[str, Any]:
         "targets": targets,
         "plan": PlanFlags(**plan),
         "precision": _precision(options["precision"]),
+        "quantize": options.get("quantize"),
         "size": None if options["size"] is None else tuple(options["size"]),
     }
     if Target.TENSORRT in targets:

@@ -94,6 +94,8 @@ class ExportSpec:
     single_graph: bool = False
     unroll: bool = False
     opset: int = 20
+    quantize: str | None = None
+    """How the ONNX graphs store their weights: int8 or int4, None for as they are. Core ML's is in its own flags."""
     engines: EngineFlags = dataclasses.field(default_factory=EngineFlags)
     coreml: CoreMLFlags = dataclasses.field(default_factory=CoreMLFlags)
     out: Path = Path(DEFAULT_OUT)
@@ -105,7 +107,7 @@ class ExportSpec:
     """The bundle that this one is with another LoRA: its TensorRT engines are refitted, not built."""
 
     def __post_init__(self) -> None:
-        from hypersd_export.targets import onnx, tensorrt
+        from hypersd_export.targets import onnx, onnx_quantize, tensorrt
 
         if not 1 <= self.batch <= MAX_BATCH:
             raise OptionError(f"--batch {self.batch}: from 1 to {MAX_BATCH}")
@@ -118,6 +120,9 @@ class ExportSpec:
             raise OptionError("--unroll: it is about --single-graph; give both, or leave it away")
         _check_plan_flags(self.plan)
         onnx.check_options(opset=self.opset)
+        if self.quantize is not None and Target.ONNX not in self.targets:
+            raise OptionError(f"--quantize {self.quantize}: it is about --target onnx and coreml: add one, or leave it")
+        onnx_quantize.check_options(self.quantize, opset=self.opset)
         if Target.TENSORRT in self.targets:
             flags = self.engines
             tensorrt.check_options(flags.flavour, flags.capabilities, flags.weights, flags.level)
@@ -130,7 +135,7 @@ class ExportSpec:
             _check_coreml(self)
         elif self.coreml != CoreMLFlags():
             raise OptionError(
-                "--deployment-target, --attention, --lora-apart, --palettize, --quantize, --size-budget, --chunk-unet, "
+                "--deployment-target, --attention, --lora-apart, --palettize, --size-budget, --chunk-unet, "
                 "--compute-units, --layout and --allow-approximate-schedule are about --target coreml: add it, or "
                 "leave them away"
             )

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PIPELINE_FILE = "pipeline.onnx"
 PIPELINE_DATA_FILE = "pipeline.onnx_data"
 ONE_ENCODER = encoders_of({})
+_UNPACKING = frozenset({"DequantizeLinear"})
+"""Ops of integer weights alone (`targets.onnx_quantize`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +123,7 @@ class _Composer:
     def __init__(self, models: "Mapping[Component, onnx_ir.Model]", wiring: Wiring) -> None:
         self._models, self._wiring = models, wiring
         self._nodes: list[onnx_ir.Node] = []
+        self._root = self._nodes
         self._initializers: dict[str, onnx_ir.Value] = {}
         self._shared: dict[Component, dict[onnx_ir.Value, onnx_ir.Value]] = {}
         self._scalars: dict[float, onnx_ir.Value] = {}
@@ -288,24 +291,35 @@ class _Composer:
                 value: self._initializer(self._name(f"{part}.{value.name}"), value.const_value)
                 for value in graph.initializers.values()
             }
+            self._unpack(part)
         values: dict[Any, Any] = dict(self._shared[part])
         for value in graph.inputs:
             values[value] = self._cast(feeds[value.name], value.dtype)
         for node in graph:
-            inputs = [None if value is None else values[value] for value in node.inputs]
-            outputs = [onnx_ir.Value(name=self._name(f"{prefix}.{value.name}")) for value in node.outputs]
-            values.update(zip(node.outputs, outputs, strict=True))
-            self._nodes.append(
-                onnx_ir.Node(
-                    node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=outputs,
-                    name=self._name(f"{prefix}.{node.name or node.op_type}"),
-                )
-            )  # fmt: skip
+            if node.op_type not in _UNPACKING:
+                self._nodes.append(self._again(node, values, prefix))
         float32 = onnx_ir.DataType.FLOAT
         return {
             value.name: values[value] if value.dtype == float32 else self._op("Cast", values[value], to=int(float32))
             for value in graph.outputs
         }
+
+    def _unpack(self, part: Component) -> None:
+        """Integer weights are given back their type once, outside of the loop: not anew at each step, and onnxruntime
+        takes no weight of the outer scope for the matrix products that it fuses with their unpacking."""
+        for node in self._models[part].graph:
+            if node.op_type in _UNPACKING:
+                self._root.append(self._again(node, self._shared[part], str(part)))
+
+    def _again(self, node: Any, values: dict[Any, Any], prefix: str) -> Any:
+        """A node once more, its inputs from `values`, where its outputs are put."""
+        import onnx_ir
+
+        inputs = [None if value is None else values[value] for value in node.inputs]
+        outputs = [onnx_ir.Value(name=self._name(f"{prefix}.{value.name}")) for value in node.outputs]
+        values.update(zip(node.outputs, outputs, strict=True))
+        name, attributes = self._name(f"{prefix}.{node.name or node.op_type}"), list(node.attributes.values())
+        return onnx_ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=name)
 
     def _cast(self, value: Any, dtype: Any) -> Any:
         import onnx_ir
