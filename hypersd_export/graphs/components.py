@@ -109,7 +109,7 @@ class UNetXLGraph(torch.nn.Module):
 
 
 class VaeDecoderGraph(torch.nn.Module):
-    """AutoencoderKL.decode, `post_quant_conv` included."""
+    """AutoencoderKL.decode, `post_quant_conv` included; or AutoencoderTiny's."""
 
     def __init__(self, vae: Module) -> None:
         super().__init__()
@@ -135,6 +135,19 @@ class VaeEncoderGraph(torch.nn.Module):
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         return moments
+
+
+class TinyVaeEncoderGraph(torch.nn.Module):
+    """AutoencoderTiny.encode, whose latents are one point: a Gaussian that is as narrow as diffusers clamps it."""
+
+    def __init__(self, vae: Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """As `VaeEncoderGraph`; the log-variance is -30 everywhere."""
+        latents: torch.Tensor = self.vae.encode(sample, return_dict=False)[0]
+        return torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
 
 
 def guidance_embedding(scale: float, width: int) -> torch.Tensor:
@@ -236,7 +249,7 @@ def _vae_encoder(module: Module, shapes: Shapes, generator: torch.Generator) -> 
     images = torch.rand((shapes.batch, 3, shapes.height, shapes.width), generator=generator) * 2 - 1
     return Graph(
         name=Component.VAE_ENCODER,
-        module=VaeEncoderGraph(module),
+        module=VaeEncoderGraph(module) if hasattr(module, "quant_conv") else TinyVaeEncoderGraph(module),
         inputs={"sample": images.to(next(module.parameters()).dtype)},
         output_names=("latent_parameters",),
     )

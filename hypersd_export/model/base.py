@@ -191,7 +191,7 @@ class BaseModel:
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", self.vae_config.get("_class_name", "AutoencoderKL")],
         }
         if self.family is not Family.sdxl:
             return index | {"requires_safety_checker": False, "safety_checker": [None, None]}
@@ -379,7 +379,7 @@ def _override_file(name: str, path: Path, base: Part, *, allow_pickle: bool) -> 
     if not any(".resnets." in key for key in shapes):
         raise ModelError(f"--{name} {path}: not a {KINDS[name]} (first tensor {next(iter(shapes), 'none')})")
     beside = path.parent / "config.json"
-    if beside.is_file() and read_json(beside).get("_class_name") == parts.CLASS_NAMES[name]:
+    if beside.is_file() and read_json(beside).get("_class_name") in parts.classes_of(name):
         return Part(name=name, config=read_json(beside), files=(path,), config_file=beside)
     return replace(base, files=(path,), layout=parts.Layout.diffusers, prefix="")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypersd_export.errors import ModelError
 from hypersd_export.model.files import check_weights, convert_hint, read_json
-from hypersd_export.model.parts import CLASS_NAMES, Part
+from hypersd_export.model.parts import Part, classes_of
 
 STEMS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model") | dict.fromkeys(
     ("text_encoder", "text_encoder_2"), "model"
@@ -38,10 +38,10 @@ def folder_parts(
     """The components of these names of a pipeline folder."""
     parts = {}
     for name in names:
-        class_name, entry = CLASS_NAMES[name], index.get(name)
+        wanted, entry = classes_of(name), index.get(name)
         stated = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if stated != class_name:
-            raise ModelError(f"{folder}: its {name} is {stated}, where {class_name} is needed; pass another pipeline")
+        if stated not in wanted:
+            raise ModelError(f"{folder}: its {name} is {stated}, where {wanted[0]} is needed; pass another pipeline")
         parts[name] = component(folder / name, name, variant=variant, allow_pickle=allow_pickle)
     return parts
 
@@ -51,8 +51,9 @@ def component(folder: Path, name: str, *, variant: str | None, allow_pickle: boo
     config_file = folder / "config.json"
     config = read_json(config_file)
     stated = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
-    if stated is not None and stated != CLASS_NAMES[name]:
-        raise ModelError(f"{config_file}: a {stated}, where {CLASS_NAMES[name]} is needed; pass another {name}")
+    wanted = classes_of(name)
+    if stated is not None and stated not in wanted:
+        raise ModelError(f"{config_file}: a {stated}, where {wanted[0]} is needed; pass another {name}")
     files = locate_weights(folder, name, variant=variant, allow_pickle=allow_pickle)
     for path in files:
         check_weights(path, allow_pickle=allow_pickle)

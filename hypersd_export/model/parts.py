@@ -24,6 +24,8 @@ CLASS_NAMES = {
     "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
 }  # fmt: skip
+TINY_VAE = "AutoencoderTiny"
+"""TAESD's class, which may stand in the VAE's place: its latents are those of the VAE that it was distilled from."""
 # What files carry beside a component's weights: buffers of older releases, the rest of CLIP, the VAE's training loss.
 IGNORABLE = re.compile(
     r"(^|\.)(position_ids|logit_scale|(text|visual)_projection\.weight)$|(^|\.)(loss|vision_model)\."
@@ -55,6 +57,11 @@ class Part:
         return f"{self.name} of {self.files[0].parent if len(self.files) > 1 else self.files[0]}"
 
 
+def classes_of(name: str) -> tuple[str, ...]:
+    """The classes that a component may be of, the usual one first."""
+    return (CLASS_NAMES[name], TINY_VAE) if name == "vae" else (CLASS_NAMES[name],)
+
+
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a weight file, from its header alone unless it is a pickle."""
     if is_pickle(path):
@@ -71,7 +78,7 @@ def skeleton(part: Part) -> "torch.nn.Module":
     }[part.name]  # fmt: skip
     try:
         with init_empty_weights(include_buffers=False):
-            return build({k: v for k, v in part.config.items() if not k.startswith("_")})
+            return build({k: v for k, v in part.config.items() if not k.startswith("_") or k == "_class_name"})
     except Exception as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
         raise ModelError(f"{part.label}: its config cannot be built ({reason}); check its config.json") from e
@@ -80,13 +87,15 @@ def skeleton(part: Part) -> "torch.nn.Module":
 def _build_unet(config: dict[str, Any]) -> "torch.nn.Module":
     from diffusers import UNet2DConditionModel
 
+    config.pop("_class_name", None)
     return UNet2DConditionModel.from_config(config)
 
 
 def _build_vae(config: dict[str, Any]) -> "torch.nn.Module":
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
-    return AutoencoderKL.from_config(config)
+    kind = AutoencoderTiny if config.pop("_class_name", None) == TINY_VAE else AutoencoderKL
+    return kind.from_config(config)
 
 
 def _build_text_encoder(config: dict[str, Any]) -> "torch.nn.Module":

@@ -148,7 +148,10 @@ def decode(vae: Any, unscaled: Float) -> Float:
 @torch.no_grad()
 def encode(vae: Any, images: Float) -> Float:
     """Mean and log-variance [B, 2 C, h, w] of images in [-1, 1]."""
-    return vae.encode(torch.from_numpy(images).to(vae.dtype)).latent_dist.parameters.float().numpy()
+    out = vae.encode(torch.from_numpy(images).to(vae.dtype))
+    if "latents" in out:  # AutoencoderTiny's one point; -30 is where diffusers clamps a log-variance
+        return torch.cat([out.latents, torch.full_like(out.latents, -30.0)], dim=1).float().numpy()
+    return out.latent_dist.parameters.float().numpy()
 
 
 def to_uint8(images: Float) -> npt.NDArray[np.uint8]:
