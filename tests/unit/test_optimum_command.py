@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from argparse import ArgumentParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,8 @@ def test_optimum_finds_it():
     assert json.loads(done.stdout) == json.loads(other.stdout)
     failed = subprocess.run([OPTIMUM, "export", "hypersd", "--steps", "0"], capture_output=True, text=True, check=False)
     assert (failed.returncode, failed.stderr) == (1, "error: --steps 0: a plan has from 1 to 1000 steps\n")
+
+
+def test_this_distribution_is_not_taken_for_optimum():
+    """diffusers asks which distributions a package is of, and takes the first one's version."""
+    assert "hypersd" not in packages_distributions()["optimum"]
