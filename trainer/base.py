@@ -129,7 +129,7 @@ class TrainingBase:
         else:
             names = [name for name in self.model.parts if name != "unet"]
             files = {f"{name}/{p.name}": p for name in names for p in self._part_files(name)}
-        for place in filter(None, self._tokenizer_folders()):
+        for place in filter(None, self._tokenizer_folders().values()):
             files |= {f"{place.name}/{p.name}": p for p in sorted(place.iterdir()) if p.is_file()}
         return sha256_files(files.items())
 
@@ -152,7 +152,7 @@ class TrainingBase:
         """The text encoder(s) with their tokenizers."""
         names = [name for name in self.model.parts if name.startswith("text_encoder")]
         encoders = [self.model.load(name, dtype) for name in names]
-        tokenizers = [self._load_tokenizer(folder) for folder in self._tokenizer_folders()]
+        tokenizers = [self._load_tokenizer(*each) for each in self._tokenizer_folders().items()]
         pairs = list(zip(tokenizers, encoders, strict=True))
         return PromptEncoder(pairs, native_size=self.native_size, zero_empty=self.zero_empty)
 
@@ -160,11 +160,11 @@ class TrainingBase:
         part = self.model.parts[name]
         return [*part.files, *([part.config_file] if part.config_file else [])]
 
-    def _tokenizer_folders(self) -> list[Path | None]:
-        second = self.model.tokenizer_2_folder
-        return [self.model.tokenizer_folder, *([] if second is None else [second])]
+    def _tokenizer_folders(self) -> dict[str, Path | None]:
+        """By name; None for the packaged one."""
+        return {name: getattr(self.model, f"{name}_folder") for name in self.model.tokenizers}
 
-    def _load_tokenizer(self, folder: Path | None) -> Any:
+    def _load_tokenizer(self, name: str, folder: Path | None) -> Any:
         """transformers' CLIPTokenizer, so that special cases (a pad token of "!") are the pipeline's own."""
         from transformers import CLIPTokenizer
 
@@ -174,8 +174,8 @@ class TrainingBase:
             except (OSError, ValueError, TypeError) as e:
                 raise ModelError(f"{folder}: no tokenizer that can be read ({one_line(e)}); download it again") from e
         with TemporaryDirectory() as place:
-            self.model.write_tokenizer(Path(place))
-            return CLIPTokenizer.from_pretrained(place, local_files_only=True)
+            self.model.write_tokenizers(Path(place))
+            return CLIPTokenizer.from_pretrained(Path(place, name), local_files_only=True)
 
 
 def open_training_base(name: str) -> TrainingBase:

@@ -11,9 +11,10 @@ from hypersd_export.errors import ModelError
 from hypersd_export.model import hub, parts
 from hypersd_export.model.families import EXPORTABLE, SECOND_ENCODER, Family, family_of_pipeline, parts_of
 from hypersd_export.model.files import check_weights, exists, read_json, sha256_files, user_path
-from hypersd_export.model.folder import component, folder_parts, read_model_index
-from hypersd_export.model.parts import Part, shapes_of
-from hypersd_export.model.single_file import UNET_PREFIX, VAE_PREFIX, checkpoint_parts, ldm_unet, ldm_vae
+from hypersd_export.model.folder import folder_parts, read_model_index
+from hypersd_export.model.override import override_part
+from hypersd_export.model.parts import Part
+from hypersd_export.model.single_file import checkpoint_parts
 from hypersd_export.model.single_file import scheduler_config as single_file_schedule
 from hypersd_export.model.tokenizer import CLIP_SIZE, Tokenizer, clip_tokenizer, read_tokenizer, write_tokenizer
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 BUILTIN = "builtin"
-KINDS = {"unet": "UNet", "vae": "VAE"}
 ENCODERS = {"tokenizer": "text_encoder", "tokenizer_2": SECOND_ENCODER}
 SDXL_TIME_IDS = 6
 """What SDXL's UNet is told: height and width of the original, top and left of the crop, height and width aimed at."""
@@ -58,7 +58,7 @@ class BaseModel:
             )
         if not self.parts:
             raise ModelError(
-                f"{self.name}: a {self.family.label} single file cannot be read (its text encoder is OpenCLIP's); "
+                f"{self.name}: a {self.family.label} single file that does not say whether it predicts epsilon or v; "
                 "pass its diffusers folder or hub id"
             )
         wanted, given = self.latent_channels, int(self.unet_config.get("in_channels", 4))
@@ -160,16 +160,19 @@ class BaseModel:
         """The tokenizer; its length is at most the text encoder's number of positions."""
         positions = int(self._part("text_encoder").config.get("max_position_embeddings", 77))
         if self.tokenizer_folder is None:
-            return clip_tokenizer(positions)
+            pad = {"pad": "!"} if self.family is Family.sd21 else {}
+            return clip_tokenizer(positions, **pad)
         return read_tokenizer(self.tokenizer_folder, positions)
 
     @cached_property
     def tokenizers(self) -> dict[str, Tokenizer]:
         """The tokenizer of each text encoder, by its folder's name."""
-        found = {"tokenizer": self.tokenizer}
-        if self.tokenizer_2_folder is not None:
-            positions = int(self._part(SECOND_ENCODER).config.get("max_position_embeddings", 77))
-            found["tokenizer_2"] = read_tokenizer(self.tokenizer_2_folder, positions)
+        found, folder = {"tokenizer": self.tokenizer}, self.tokenizer_2_folder
+        if SECOND_ENCODER in self.parts:
+            positions = int(self.parts[SECOND_ENCODER].config.get("max_position_embeddings", 77))
+            found["tokenizer_2"] = (
+                clip_tokenizer(positions, pad="!") if folder is None else read_tokenizer(folder, positions)
+            )
         return found
 
     def write_tokenizers(self, out: Path) -> None:
@@ -213,7 +216,8 @@ class BaseModel:
             if part.config_file is not None:
                 files[f"{name}/config.json"] = part.config_file
             for path in part.files:
-                files[f"checkpoint/{path.name}" if part.layout is parts.Layout.ldm else f"{name}/{path.name}"] = path
+                where = name if part.layout is parts.Layout.diffusers else "checkpoint"
+                files[f"{where}/{path.name}"] = path
         return sha256_files(files.items())
 
 
@@ -228,7 +232,7 @@ def open_base(
 ) -> BaseModel:
     """Find a base pipeline and check all of it that can be checked without loading.
 
-    `base` is `builtin`, a diffusers folder, a single .safetensors checkpoint (Stable Diffusion 1.x layout) or a hub
+    `base` is `builtin`, a diffusers folder, a single .safetensors checkpoint in the original layout or a hub
     id; `unet` and `vae` replace a component by another folder, file or hub id. Raises ModelError in one line.
     """
     text = str(base)
@@ -252,7 +256,7 @@ def open_base(
     for name, override in (("unet", unet), ("vae", vae)):
         if override is not None:
             model.require_exportable()
-            replaced[name] = _override(
+            replaced[name] = override_part(
                 name, str(override), model.parts[name], variant=variant, allow_pickle=allow_pickle
             )
     return replace(model, parts=replaced)
@@ -301,21 +305,27 @@ def _open_folder(folder: Path, *, name: str, variant: str | None, allow_pickle: 
 def _open_file(path: Path, *, allow_pickle: bool) -> BaseModel:
     check_weights(path, allow_pickle=allow_pickle)
     family, found = checkpoint_parts(path)
-    beside = path.parent / "tokenizer"
-    folder = beside if any((beside / name).is_file() for name in ("tokenizer.json", "vocab.json")) else None
+    folder, second = (_beside(path, name) for name in ("tokenizer", "tokenizer_2"))
     model = BaseModel(
         name=path.stem, source=path, family=family, pipeline_class="single file", parts=found,
         scheduler_config=single_file_schedule(path) if found else {}, license_note=_license(path.parent),
-        other_files={f"tokenizer/{p.name}": p for p in _files(folder)} if folder else {}, tokenizer_folder=folder,
+        other_files={f"{each.name}/{p.name}": p for each in (folder, second) if each for p in _files(each)},
+        tokenizer_folder=folder, tokenizer_2_folder=second, zero_empty=family is Family.sdxl,
     )  # fmt: skip
     if not found:
         return model
     if folder is None and (size := int(found["text_encoder"].config["vocab_size"])) != CLIP_SIZE:
         raise ModelError(
             f"{path}: its text encoder has {size} tokens where CLIP's tokenizer has {CLIP_SIZE}; "
-            f"put its own tokenizer into {beside}"
+            f"put its own tokenizer into {path.parent / 'tokenizer'}"
         )
     return _with_tokenizer(model)
+
+
+def _beside(path: Path, name: str) -> Path | None:
+    """A tokenizer's folder beside a single file, if there is one."""
+    folder = path.parent / name
+    return folder if any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")) else None
 
 
 def _with_tokenizer(model: BaseModel) -> BaseModel:
@@ -345,43 +355,6 @@ def _open_hub(hub_id: str, revision: str | None, *, variant: str | None, allow_p
         for name in parts_of(family):
             folder = hub.fetch_component(hub_id, revision, name, variant=variant, allow_pickle=allow_pickle)
     return _open_folder(folder, name=hub_id, variant=variant, allow_pickle=allow_pickle)
-
-
-def _override(name: str, text: str, base: Part, *, variant: str | None, allow_pickle: bool) -> Part:
-    """Another UNet or VAE: a component folder, a pipeline folder that has one, a file, or a hub id."""
-    path = user_path(text)
-    if exists(path) and path.is_file():
-        return _override_file(name, path, base, allow_pickle=allow_pickle)
-    if not exists(path) and hub.looks_like_hub_id(text):
-        path = hub.fetch_component(text, None, name, variant=variant, allow_pickle=allow_pickle, subfolder=False)
-        if not (path / "config.json").is_file():
-            path = hub.fetch_component(text, None, name, variant=variant, allow_pickle=allow_pickle)
-    if not exists(path) or not path.is_dir():
-        raise ModelError(
-            f"--{name} {text}: no such file or folder; pass a component folder, a .safetensors or a hub id"
-        )
-    folder = path / name if (path / name / "config.json").is_file() else path
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"--{name} {text}: has neither config.json nor {name}/config.json; pass a component folder")
-    return component(folder, name, variant=variant, allow_pickle=allow_pickle)
-
-
-def _override_file(name: str, path: Path, base: Part, *, allow_pickle: bool) -> Part:
-    check_weights(path, allow_pickle=allow_pickle)
-    shapes = shapes_of(path)
-    prefix, build = (UNET_PREFIX, ldm_unet) if name == "unet" else (VAE_PREFIX, ldm_vae)
-    marker = "input_blocks.0.0.weight" if name == "unet" else "encoder.down.0.block.0.conv2.weight"
-    for start in (prefix, ""):
-        if f"{start}{marker}" in shapes:
-            return build(path, shapes, start)
-    if any("lora" in key for key in shapes):
-        raise ModelError(f"--{name} {path}: a LoRA, not a {KINDS[name]}; pass it as --lora {path.name}")
-    if not any(".resnets." in key for key in shapes):
-        raise ModelError(f"--{name} {path}: not a {KINDS[name]} (first tensor {next(iter(shapes), 'none')})")
-    beside = path.parent / "config.json"
-    if beside.is_file() and read_json(beside).get("_class_name") in parts.classes_of(name):
-        return Part(name=name, config=read_json(beside), files=(path,), config_file=beside)
-    return replace(base, files=(path,), layout=parts.Layout.diffusers, prefix="")
 
 
 def _files(folder: Path | None) -> list[Path]:

@@ -8,7 +8,7 @@ diffusers' and transformers' `from_pretrained`.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hypersd_export.errors import ModelError
 from hypersd_export.model.files import is_pickle, read_header, read_tensors
 from hypersd_export.model.ldm_names import unet_ldm_names, vae_ldm_names
+from hypersd_export.model.open_clip import from_open_clip
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,7 @@ class Layout(StrEnum):
 
     diffusers = "diffusers"
     ldm = "ldm"  # the original layout of single-file checkpoints
+    open_clip = "open_clip"  # a text encoder there, of SD 2.x and SDXL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +118,9 @@ def load(part: Part, dtype: "torch.dtype") -> "torch.nn.Module":
     state: dict[str, torch.Tensor] = {}
     for path in part.files:
         state.update(read_tensors(path))
+    if part.layout is Layout.open_clip:
+        state = from_open_clip(state, part.prefix, part.config)
+        part = replace(part, prefix="")
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     sources = match_names(part, module, set(state))
     _check_complete(part, wanted, {name: tuple(state[source].shape) for name, source in sources.items()})

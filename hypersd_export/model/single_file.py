@@ -1,39 +1,48 @@
-"""Single-file checkpoints in the original Stable Diffusion 1.x layout: their configs, inferred from the shapes.
+"""Single-file checkpoints in the original layout of Stable Diffusion 1.x, 2.x and SDXL: configs from the shapes.
 
 diffusers' `from_single_file` fetches the configs of a known repository; here they follow from the tensors alone, so
-no network is needed and any width and depth works. What shapes cannot tell is Stable Diffusion 1.x's: 8 attention
-heads, 32 groups, GELU and SiLU, a latent scale of 0.18215 (CompVis/stable-diffusion `v1-inference.yaml`).
+no network is needed and any width and depth works. What shapes cannot tell is as published: 32 groups, GELU and SiLU;
+1.x: 8 attention heads, a latent scale of 0.18215 (CompVis/stable-diffusion `v1-inference.yaml`); 2.x and SDXL: heads of
+64 channels; SDXL: a latent scale of 0.13025 (Stability-AI/generative-models `sd_xl_base.yaml`).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hypersd_export.errors import ModelError
 from hypersd_export.model.families import Family, family_of_checkpoint
 from hypersd_export.model.files import is_pickle, read_header
+from hypersd_export.model.open_clip import BLOCKS, SD2_PREFIX, SDXL_PREFIX, open_clip_config
 from hypersd_export.model.parts import Layout, Part, shapes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer."
+SDXL_TEXT_PREFIX = "conditioner.embedders.0.transformer."
 LATENT_SCALE = 0.18215
+SDXL_VAE = {"scaling_factor": 0.13025, "force_upcast": True, "sample_size": 1024}
 
 
 def checkpoint_parts(path: Path) -> tuple[Family, dict[str, Part]]:
-    """The family of a checkpoint and, if it is Stable Diffusion 1.x, its three parts."""
+    """The family of a checkpoint and its parts; none for another family, or for a 2.x that does not say what it
+    predicts, as the same shapes predict epsilon at 512 px and v at 768."""
     shapes = shapes_of(path)
     family = family_of_checkpoint(shapes)
     if family is Family.other:
         raise ModelError(_what_it_is(path, shapes))
-    if family is not Family.sd15:
+    if family not in TEXT or (family is Family.sd21 and stated_prediction(path) is None):
         return family, {}
     parts = {"unet": ldm_unet(path, shapes, UNET_PREFIX)}
-    for name, prefix, build in (("vae", VAE_PREFIX, ldm_vae), ("text_encoder", TEXT_PREFIX, _ldm_text_encoder)):
+    for name, prefix in {"vae": VAE_PREFIX, **TEXT[family]}.items():
         if not any(key.startswith(prefix) for key in shapes):
             raise ModelError(f"{path}: no {prefix}* tensors, so it has no {name}; pass the full checkpoint")
-        parts[name] = build(path, shapes, prefix)
+        parts[name] = BUILD[prefix](path, shapes, prefix)
+    if family is Family.sdxl:
+        parts["vae"] = replace(parts["vae"], config={**parts["vae"].config, **SDXL_VAE})
+        parts["text_encoder_2"] = replace(parts["text_encoder_2"], name="text_encoder_2")
     return family, parts
 
 
@@ -48,15 +57,23 @@ def _what_it_is(path: Path, shapes: Shapes) -> str:
     return f"{path}: not a Stable Diffusion checkpoint (first tensor {next(iter(shapes), 'none')}); pass another file"
 
 
-def scheduler_config(path: Path) -> dict[str, Any]:
-    """The training schedule of Stable Diffusion 1.x as a DDIMScheduler config (v1-inference.yaml).
+def stated_prediction(path: Path) -> str | None:
+    """The prediction type that a file states: metadata `modelspec.prediction_type`, or the marker tensor `v_pred`."""
+    header = None if is_pickle(path) else read_header(path)
+    if header is None:
+        return None
+    stated = header.metadata.get("modelspec.prediction_type", "").lower()
+    if stated.startswith("v") or "v_pred" in header.tensors:
+        return "v_prediction"
+    return "epsilon" if stated.startswith("eps") else None
 
-    `prediction_type` and zero terminal SNR come from the file where it states them: metadata
-    `modelspec.prediction_type`, or the marker tensors `v_pred` and `ztsnr`.
+
+def scheduler_config(path: Path) -> dict[str, Any]:
+    """The training schedule of Stable Diffusion as a DDIMScheduler config (v1-inference.yaml; all families have it).
+
+    `prediction_type` and zero terminal SNR (the marker tensor `ztsnr`) come from the file where it states them.
     """
     header = None if is_pickle(path) else read_header(path)
-    stated = header.metadata.get("modelspec.prediction_type", "").lower() if header else ""
-    v = stated.startswith("v") or (header is not None and "v_pred" in header.tensors)
     zero_snr = header is not None and "ztsnr" in header.tensors
     return {
         "_class_name": "DDIMScheduler",
@@ -65,7 +82,7 @@ def scheduler_config(path: Path) -> dict[str, Any]:
         "beta_start": 0.00085,
         "clip_sample": False,
         "num_train_timesteps": 1000,
-        "prediction_type": "v_prediction" if v else "epsilon",
+        "prediction_type": stated_prediction(path) or "epsilon",
         "rescale_betas_zero_snr": zero_snr,
         "set_alpha_to_one": False,
         "steps_offset": 1,
@@ -110,7 +127,8 @@ def ldm_unet(path: Path, shapes: Shapes, prefix: str) -> Part:
     up = [f"output_blocks.{level * (layers + 1)}.1.proj_in.weight" in own for level in range(levels)]
     to_k = next((key for key in sorted(own) if key.endswith("attn2.to_k.weight")), "attn2.to_k.weight")
     linear = any(len(shape) == 2 for key, shape in own.items() if key.endswith(".proj_in.weight"))
-    depth = len(_indices(own, "middle_block.1.transformer_blocks."))
+    depths = [max(len(_indices(own, f"input_blocks.{i}.1.transformer_blocks.")), 1) for i in starts]
+    labels = own.get("label_emb.0.0.weight")
     config = {
         "act_fn": "silu",
         "attention_head_dim": [max(c // 64, 1) for c in channels]
@@ -123,11 +141,16 @@ def ldm_unet(path: Path, shapes: Shapes, prefix: str) -> Part:
         "layers_per_block": layers,
         "norm_num_groups": 32,
         "out_channels": _need(own, "out.2.weight", path, 4)[0],
-        "sample_size": 64,
-        "transformer_layers_per_block": max(depth, 1),
+        "sample_size": 64 if labels is None else 128,
+        "transformer_layers_per_block": depths if len(set(depths)) > 1 else depths[0],
         "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
         "use_linear_projection": linear,
     }
+    if labels is not None:
+        config |= {
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": labels[1],
+        }  # fmt: skip
     if width != channels[0]:
         raise ModelError(
             f"{path}: a UNet that starts with {width} and goes on with {channels[0]} channels is not known"
@@ -180,3 +203,23 @@ def _ldm_text_encoder(path: Path, shapes: Shapes, prefix: str) -> Part:
         "vocab_size": vocabulary,
     }
     return Part(name="text_encoder", config=config, files=(path,), layout=Layout.ldm, prefix=prefix)
+
+
+def _open_clip(path: Path, shapes: Shapes, prefix: str) -> Part:
+    """The OpenCLIP text encoder of an original checkpoint; 2.x uses all layers but the last."""
+    own = _strip(shapes, prefix)
+    layers = len(_indices(own, BLOCKS)) - (prefix == SD2_PREFIX)
+    config = open_clip_config(own, layers=layers, where=str(path))
+    return Part(name="text_encoder", config=config, files=(path,), layout=Layout.open_clip, prefix=prefix)
+
+
+BUILD = {
+    VAE_PREFIX: ldm_vae, TEXT_PREFIX: _ldm_text_encoder, SDXL_TEXT_PREFIX: _ldm_text_encoder, SDXL_PREFIX: _open_clip,
+    SD2_PREFIX: _open_clip,
+}  # fmt: skip
+TEXT = {
+    Family.sd15: {"text_encoder": TEXT_PREFIX},
+    Family.sd21: {"text_encoder": SD2_PREFIX},
+    Family.sdxl: {"text_encoder": SDXL_TEXT_PREFIX, "text_encoder_2": SDXL_PREFIX},
+}
+"""Where the text encoders of each family lie."""

@@ -241,7 +241,9 @@ def test_a_single_file_is_a_base(checkpoint, modules):  # noqa: F811
     assert (base.name, base.digest, base.native_size) == ("model", open_base(checkpoint).digest, 256)
     assert base.prediction_type is PredictionType.EPSILON
     text = base.prompt_encoder(torch.float32)(["a cat"], size=(16, 16))
-    ids = base._load_tokenizer(base.model.tokenizer_folder)(["a cat"], padding="max_length", return_tensors="pt")
+    ids = base._load_tokenizer("tokenizer", base.model.tokenizer_folder)(
+        ["a cat"], padding="max_length", return_tensors="pt"
+    )
     with torch.no_grad():
         expected = modules["text_encoder"].eval()(ids.input_ids).last_hidden_state
     same(text.states, expected)
@@ -251,8 +253,16 @@ def test_a_single_file_is_a_base(checkpoint, modules):  # noqa: F811
 def test_a_checkpoint_without_a_tokenizer_has_the_packaged_one(tiny_base):
     base = open_training_base(str(tiny_base))
     without = replace(base, model=replace(base.model, tokenizer_folder=None))
-    ids = without._load_tokenizer(None)(["a photo of a cat"]).input_ids
+    ids = without._load_tokenizer("tokenizer", None)(["a photo of a cat"]).input_ids
     assert ids == [[49406, 320, 1125, 539, 320, 2368, 49407]]  # openai/clip-vit-large-patch14's
+
+
+def test_an_sdxl_file_without_tokenizers_pads_as_both_do(sdxl):
+    base = open_training_base(str(sdxl))
+    bare = replace(base, model=replace(base.model, tokenizer_folder=None, tokenizer_2_folder=None))
+    first, second = (bare._load_tokenizer(*each) for each in bare._tokenizer_folders().items())
+    rows = [each(["a"], padding="max_length", max_length=6).input_ids[0] for each in (first, second)]
+    assert rows == [[49406, 320, 49407, 49407, 49407, 49407], [49406, 320, 49407, 0, 0, 0]]
 
 
 def test_encoded_pictures_are_the_scaled_mode(tiny_base):

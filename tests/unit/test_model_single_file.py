@@ -12,6 +12,7 @@ from hypersd_export.errors import ModelError
 from hypersd_export.model.base import open_base
 from hypersd_export.model.families import Family, family_of_checkpoint
 from hypersd_export.model.ldm_names import unet_ldm_names, vae_ldm_names
+from hypersd_export.model.open_clip import LAYER
 from tests.lora_files import one_line, one_thread  # noqa: F401 - a fixture for the whole module
 from tests.tiny import tiny_tokenizer
 
@@ -215,7 +216,6 @@ def test_files_that_are_no_checkpoint(checkpoint: Path, tensors: Weights, tmp_pa
 @pytest.mark.parametrize(
     ("key", "family"),
     [
-        ("conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight", Family.sdxl),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", Family.sd3),
         ("double_blocks.0.img_attn.qkv.weight", Family.flux),
         ("cond_stage_model.model.token_embedding.weight", Family.sd21),
@@ -243,3 +243,125 @@ def test_linear_projections(modules: dict[str, Any], tensors: Weights, checkpoin
     config = open_base(checkpoint).component_config("unet")
     assert config["use_linear_projection"]
     assert config["attention_head_dim"] == [1, 1, 1]
+
+
+def open_clip(module: torch.nn.Module, prefix: str, layers: int | None = None) -> Weights:
+    """A text encoder's weights as OpenCLIP has them; a further layer of `layers` that nobody reads."""
+    own = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items()}
+    result = {
+        "token_embedding.weight": own["embeddings.token_embedding.weight"],
+        "positional_embedding": own["embeddings.position_embedding.weight"],
+        "ln_final.weight": own["final_layer_norm.weight"], "ln_final.bias": own["final_layer_norm.bias"],
+        "logit_scale": torch.ones(()),
+    }  # fmt: skip
+    if "text_projection.weight" in own:
+        result["text_projection"] = own["text_projection.weight"].T.contiguous()
+    count = 1 + max(int(name.split(".")[2]) for name in own if name.startswith("encoder.layers."))
+    for place in range(layers or count):
+        layer = f"encoder.layers.{min(place, count - 1)}"
+        block = f"transformer.resblocks.{place}"
+        for kind in ("weight", "bias"):
+            thirds = [own[f"{layer}.self_attn.{each}_proj.{kind}"] for each in "qkv"]
+            result[f"{block}.attn.in_proj_{kind}"] = torch.cat(thirds)
+            for theirs, ours in LAYER.items():
+                result[f"{block}.{theirs}.{kind}"] = own[f"{layer}.{ours}.{kind}"]
+    return {f"{prefix}{name}": tensor.clone() for name, tensor in result.items()}
+
+
+def xl_modules() -> dict[str, Any]:
+    """A small SDXL with what is fixed in it: 32 groups, heads of 64 channels, other depths at each level."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+
+    def text(width: int, layers: int, **more: Any) -> Any:
+        return CLIPTextConfig(
+            vocab_size=518, hidden_size=width, intermediate_size=96, num_hidden_layers=layers,
+            num_attention_heads=width // 64, max_position_embeddings=16, bos_token_id=0, eos_token_id=2, **more,
+        )  # fmt: skip
+
+    return {
+        "unet": UNet2DConditionModel(
+            sample_size=128, block_out_channels=(32, 64, 128), layers_per_block=2, attention_head_dim=(1, 1, 2),
+            cross_attention_dim=192, use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=6 * 256 + 40,
+            transformer_layers_per_block=(1, 2, 3),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        "vae": AutoencoderKL(
+            block_out_channels=(32, 32, 64), layers_per_block=1, latent_channels=4, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        ),
+        "text_encoder": CLIPTextModel(text(64, 2)),
+        "text_encoder_2": CLIPTextModelWithProjection(text(128, 3, projection_dim=40, hidden_act="gelu")),
+    }  # fmt: skip
+
+
+def test_an_sdxl_checkpoint(tmp_path: Path) -> None:
+    """Every weight of two text encoders, a UNet of unequal depths and a VAE; and what diffusers makes of the UNet."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    modules = xl_modules()
+    owners = {name: [each for each, _ in module.named_modules()] for name, module in modules.items()}
+    tensors = original(modules["unet"], unet_ldm_names(owners["unet"], 2), "model.diffusion_model.")
+    tensors |= original(modules["vae"], vae_ldm_names(owners["vae"], 3), "first_stage_model.")
+    level = "" if hasattr(modules["text_encoder"], "text_model") else "text_model."
+    first = modules["text_encoder"].state_dict()
+    tensors |= {f"conditioner.embedders.0.transformer.{level}{name}": each for name, each in first.items()}
+    second = open_clip(modules["text_encoder_2"], "conditioner.embedders.1.model.")
+    tensors |= second
+    for name in ("tokenizer", "tokenizer_2"):
+        tiny_tokenizer(tmp_path / name)
+    path = tmp_path / "xl.safetensors"
+    save_file(tensors, path)
+    model = open_base(path)
+    model.require_exportable()
+    assert (model.family, model.zero_empty, model.scaling_factor) == (Family.sdxl, True, 0.13025)
+    assert model.vae_config["force_upcast"] is True
+    assert model.unet_config["transformer_layers_per_block"] == [1, 2, 3]
+    assert set(model.tokenizers) == {"tokenizer", "tokenizer_2"}
+    for name, module in modules.items():
+        loaded = model.load(name, torch.float32).state_dict()
+        assert loaded.keys() == module.state_dict().keys()
+        for key, tensor in module.state_dict().items():
+            torch.testing.assert_close(loaded[key], tensor, rtol=0, atol=0)
+    ids = torch.randint(0, 500, (2, 16))
+    mine = model.load("text_encoder_2", torch.float32)(ids)
+    torch.testing.assert_close(mine.text_embeds, modules["text_encoder_2"].eval()(ids).text_embeds, rtol=0, atol=1e-6)
+    made = theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(modules["unet"].config))
+    assert made.keys() == modules["unet"].state_dict().keys()
+    save_file(tensors | {"conditioner.embedders.1.model.extra": torch.ones(1)}, path)
+    with pytest.raises(ModelError, match=r"1 tensors too many \(conditioner\.embedders\.1\.model\.extra"):
+        open_base(path).load("text_encoder_2", torch.float32)
+    save_file({name: each for name, each in tensors.items() if "resblocks.1.attn.in_proj_bias" not in name}, path)
+    with pytest.raises(ModelError, match=r"3 of .* tensors are missing"):
+        open_base(path).load("text_encoder_2", torch.float32)
+    save_file({name: each for name, each in tensors.items() if name not in second}, path)
+    refused(path, match="so it has no text_encoder_2")
+
+
+def test_a_checkpoint_of_stable_diffusion_2(tensors: Weights, tmp_path: Path) -> None:
+    """Its text encoder without the last layer; a file that does not say what it predicts is refused."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=518, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=2, pad_token_id=1, hidden_act="gelu",
+    ))  # fmt: skip
+    tiny_tokenizer(tmp_path / "tokenizer")
+    path = tmp_path / "two.safetensors"
+    own = {name: each for name, each in tensors.items() if not name.startswith("cond_stage_model.")}
+    own |= open_clip(text, "cond_stage_model.model.", layers=3)
+    save_file(own, path)
+    with pytest.raises(ModelError, match="does not say whether it predicts epsilon or v; pass its diffusers folder"):
+        open_base(path).require_exportable()
+    save_file(own, path, metadata={"modelspec.prediction_type": "v"})
+    model = open_base(path)
+    assert (model.family, model.scheduler_config["prediction_type"]) == (Family.sd21, "v_prediction")
+    loaded = model.load("text_encoder", torch.float32).state_dict()
+    for key, tensor in text.state_dict().items():
+        torch.testing.assert_close(loaded[key], tensor, rtol=0, atol=0)
+    save_file(own, path, metadata={"modelspec.prediction_type": "epsilon"})
+    assert open_base(path).scheduler_config["prediction_type"] == "epsilon"
