@@ -20,6 +20,7 @@ from hypersd_export.targets import Target
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "onnx-fp32": {"targets": (Target.ONNX,), "precision": "fp32"},
     "onnx-fp16": {"targets": (Target.ONNX,), "precision": "fp16"},
+    "onnx-int8": {"targets": (Target.ONNX,), "precision": "fp32", "quantize": "int8"},
     "onnx-single": {"targets": (Target.ONNX,), "precision": "fp32", "single_graph": True},
     "coreml": {"targets": (Target.COREML,)},
     "tensorrt": {"targets": (Target.TENSORRT,)},

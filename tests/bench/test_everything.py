@@ -25,8 +25,8 @@ def test_every_form_at_every_step_count(tmp_path):
     assert specs["onnx-fp16-4"].precision == "fp16"
     assert [str(target) for target in specs["tensorrt-4"].targets] == ["tensorrt"]
     assert list(Everything(steps=(2,), forms=("coreml",)).specs(tmp_path)) == ["coreml-2"]
-    with pytest.raises(OptionError, match="--form int8: choose from onnx-fp32, onnx-fp16"):
-        Everything(steps=(4,), forms=("int8",))
+    with pytest.raises(OptionError, match="--form int5: choose from onnx-fp32, onnx-fp16, onnx-int8"):
+        Everything(steps=(4,), forms=("int5",))
 
 
 def test_a_bundle_of_the_same_options_weights_and_tools_is_kept(tmp_path):
