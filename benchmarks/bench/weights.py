@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hypersd_export.bundle.manifest import Manifest, read_manifest
 from hypersd_export.diffusion import FewStepPlan, Guidance, PlanEntry, PlanFile, Solver, plan_from_scheduler_config
 from hypersd_export.errors import BundleError, ModelError, OptionError, PlanError
+from hypersd_export.model.families import Family
 from hypersd_export.runtime.folder import Folder
 from hypersd_export.spec import BUILTIN
 from hypersd_export.verify.source import Source, SourceRequest, open_source
@@ -66,6 +67,8 @@ def source_of(bundle: Path, places: Places, *, loras: bool = True) -> Source:
             f"{bundle.name} was made of {manifest.base['name']}, sha256 {manifest.base['digest'][:8]}…, and the base "
             f"here has {source.base.digest[:8]}…: name the right one with --base, --unet and --vae"
         )
+    if source.base.family is Family.sdxl:
+        raise OptionError(f"{bundle.name} is SDXL's, and --vs draws Stable Diffusion 1.x and 2.x: leave it away")
     return source
 
 

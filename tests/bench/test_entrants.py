@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.bench import peers
+from benchmarks.bench import peers, weights
 from benchmarks.bench.entrants import Versus, bundle_entrant, golden_prompt, open_bundles
 from benchmarks.bench.weights import Places, find_loras, latent_size, plan_of, teacher_plan
 from benchmarks.bench.worker import BundlePainter
@@ -13,6 +14,7 @@ from hypersd_export.builtin import card
 from hypersd_export.bundle.cache import StageCache
 from hypersd_export.bundle.manifest import read_manifest
 from hypersd_export.errors import BundleError, OptionError
+from hypersd_export.model.families import Family
 from hypersd_export.verify.source import SourceRequest, open_source
 from tests.bundles import CFG_PLANS, PLAIN_PLANS, make_bundle
 
@@ -98,6 +100,15 @@ def test_weights_that_are_not_found_are_one_line(bundle, tmp_path):
     assert "(cfg was made of it: say where it is with --base)" in (
         versus(bundle, tmp_path, base=str(tmp_path / "gone")).entrant("teacher").missing
     )
+
+
+def test_sdxl_has_no_other_contestants_yet(tmp_path, monkeypatch):
+    source = SimpleNamespace(base=SimpleNamespace(digest="0" * 64, family=Family.sdxl))
+    monkeypatch.setattr(weights, "open_source", lambda request: source)
+    manifest = SimpleNamespace(base={"digest": "0" * 64, "name": "xl"}, loras=[], options={"base": "xl"})
+    monkeypatch.setattr(weights, "read_manifest", lambda bundle: manifest)
+    with pytest.raises(OptionError, match="xl-bundle is SDXL's, and --vs draws Stable"):
+        weights.source_of(tmp_path / "xl-bundle", weights.Places(base="xl"))
 
 
 def test_plans_and_sizes(bundle):
