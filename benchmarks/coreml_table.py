@@ -2,7 +2,7 @@
 
 Exports the built-in model in every combination, and lets `hypersd-bench quality` draw the same prompts and seeds with
 each, by the MIL interpreter: size, PSNR to torch, and the CLIP score's difference to the first one's, paired. Writes
-coreml.json and coreml.md. Finished exports and pictures are kept in the caches, so that a second run goes on.
+coreml.json and coreml.md. Whole bundles in --out and drawn pictures are kept, so that a second run goes on.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.gpu_report import table
 from benchmarks.results import one_line_error, run_module, write_result
-from hypersd_export.bundle.manifest import read_manifest
+from hypersd_export.bundle.manifest import read_manifest, verify_files
+from hypersd_export.errors import BundleError
 
 QUALITY = "quality.json"
 
@@ -116,6 +117,15 @@ def _figure(figure: Mapping[str, float], sign: str = "") -> str:
     return f"{figure['value']:{sign}.1f} [{figure['low']:{sign}.1f}, {figure['high']:{sign}.1f}]"
 
 
+def is_whole(bundle: Path) -> bool:
+    """Whether a bundle stands there as it was exported: then it is kept, and with it the pictures drawn of it."""
+    try:
+        verify_files(bundle)
+    except BundleError:
+        return False
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export, measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,10 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with one_line_error() as ended:
         bundles = {form: options.out / "bundles" / form.name for form in FORMS}
         for form, bundle in bundles.items():
-            run_module(["hypersd_export.cli", *form.command(bundle, options.steps)])
+            if not is_whole(bundle):
+                run_module(["hypersd_export.cli", *form.command(bundle, options.steps)])
             print(form.name, flush=True)
-        run_module(["benchmarks.bench.cli", "quality", *map(str, bundles.values()), "--reference", "none", "--count",
-              str(options.count), "--out", str(options.out)])  # fmt: skip
+        asked = ["--reference", "none", "--varied", "0", "--count", str(options.count), "--out", str(options.out)]
+        run_module(["benchmarks.bench.cli", "quality", *map(str, bundles.values()), *asked])
         quality = json.loads((options.out / QUALITY).read_text(encoding="utf-8"))
         found = rows(bundles, quality)
         result = {"machine": quality["machine"], "steps": options.steps, "count": options.count, "rows": found}

@@ -102,6 +102,7 @@ def quality(
         typer.Option(metavar="KIND[=MODEL]", help="clip, aesthetic, image_reward, pick_score, hps, preference."),
     ] = None,
     psnr: Annotated[bool, typer.Option("--psnr/--no-psnr", help="Draw everything in torch too, and compare.")] = True,
+    varied: Annotated[int, typer.Option(help="Prompts for the diversity, four pictures each; 0 leaves it out.")] = 32,
     shown: Annotated[int, typer.Option(help="Pictures of everybody for the report.")] = 8,
     steps: Steps = None,
     runtime: RuntimeName = None,
@@ -129,7 +130,7 @@ def quality(
         asked = Asked(
             prompts=prompts, count=count, clip=clip, clip_prefix=clip_prefix, reference=reference,
             teacher_steps=teacher_steps, teacher_guidance=teacher_guidance, psnr=psnr, shown=shown,
-            rewards=tuple(reward or ()),
+            rewards=tuple(reward or ()), varied=varied,
         )  # fmt: skip
         report = run_quality(selection, asked, out=out, command=command_line())
         if report is None:

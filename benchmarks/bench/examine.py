@@ -17,7 +17,7 @@ from benchmarks.bench.eyes import open_eye
 from benchmarks.bench.gallery import Gallery, Series, Share
 from benchmarks.bench.parts import QUALITY_FILE, QUALITY_FORMAT, now, write_part
 from benchmarks.bench.prompts import Prompt, builtin_prompts, chosen, read_prompts
-from benchmarks.bench.quality import Candidate, Exam, Question, rows_of
+from benchmarks.bench.quality import VARIED, Candidate, Exam, Question, rows_of
 from benchmarks.bench.scorers import open_scorers
 from benchmarks.bench.weights import Places, source_of, teacher_plan
 from benchmarks.feature_cache import FeatureCache
@@ -44,6 +44,7 @@ class Asked:
     teacher_guidance: float | None = None
     psnr: bool = True
     rewards: tuple[str, ...] = ()
+    varied: int = VARIED
     shown: int = 8
 
 
@@ -61,7 +62,7 @@ def run_quality(
     eye = open_eye(asked.clip, prefix=asked.clip_prefix)
     scorers = open_scorers(asked.rewards)
     share = Share.of_launch()
-    question = Question(prompts=tuple(prompts), reference=reference)
+    question = Question(prompts=tuple(prompts), varied=asked.varied, reference=reference)
     with tables.Progress(quiet=share.rank > 0) as progress:
         cache = FeatureCache(selection.cache / "bench")
         gallery = Gallery(cache=cache, eye=eye, scorers=scorers, share=share, tell=progress.tell)

@@ -60,7 +60,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What is asked of every candidate."""
+    """What is asked of every candidate; the diversity of `varied` prompts, none of 0."""
 
     prompts: tuple[Prompt, ...]
     varied: int = VARIED
@@ -70,6 +70,8 @@ class Question:
     def __post_init__(self) -> None:
         if len(self.prompts) < 2:
             raise OptionError(f"{len(self.prompts)} prompts: at least 2")
+        if self.varied < 0:
+            raise OptionError(f"--varied {self.varied}: prompts for the diversity, 0 for none")
         if self.each < 2:
             raise OptionError(f"{self.each} pictures of a prompt for the diversity: at least 2")
 
@@ -92,10 +94,9 @@ class Question:
     def jobs(self, candidate: Candidate) -> list[Job]:
         """All that is drawn for a candidate."""
         assert candidate.drawer is not None
-        jobs = [
-            Job(drawer=candidate.drawer, series=self.measured, scored=True),
-            Job(drawer=candidate.drawer, series=self.spread),
-        ]
+        jobs = [Job(drawer=candidate.drawer, series=self.measured, scored=True)]
+        if self.varied:
+            jobs.append(Job(drawer=candidate.drawer, series=self.spread))
         if candidate.twin is not None:
             jobs.append(Job(drawer=candidate.twin, series=self.measured, looked_at=False))
         return jobs
@@ -135,8 +136,9 @@ class Exam:
             found |= against(features, gallery.features(question.reference, question.compared))
         for scorer in gallery.scorers:
             found[scorer.metric] = mean_of_rows(gallery.scores(candidate.drawer, question.measured, scorer))
-        varied = gallery.features(candidate.drawer, question.spread)
-        found["diversity"] = mean_of_rows(diversity(varied.reshape(-1, question.each, varied.shape[1])))
+        if question.varied:
+            varied = gallery.features(candidate.drawer, question.spread)
+            found["diversity"] = mean_of_rows(diversity(varied.reshape(-1, question.each, varied.shape[1])))
         if candidate.twin is not None:
             mine, torchs = (gallery.pictures(d, question.measured) for d in (candidate.drawer, candidate.twin))
             found["psnr_db"] = psnr_of(mine, torchs)

@@ -152,6 +152,16 @@ def test_categories_are_means_of_their_own_prompts():
     assert by_category(np.ones(2), prompts[:1] * 2) == {}
 
 
+def test_diversity_can_be_left_out(tmp_path):
+    exam = Exam(gallery=gallery_at(tmp_path), question=question(reference=None, varied=0))
+    one = candidate("one", Colours("one"))
+    assert len(exam.question.jobs(one)) == 1
+    exam.draw([one])
+    assert set(exam.estimates(one)) == {"clip_score"}
+    with pytest.raises(OptionError, match="--varied -1"):
+        question(varied=-1)
+
+
 def test_diversity_is_that_of_pictures_of_one_prompt(tmp_path):
     exam = Exam(gallery=gallery_at(tmp_path), question=question(reference=None))
     series = exam.question.spread

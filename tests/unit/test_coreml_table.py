@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import coreml_table
 from benchmarks.coreml_table import FORMS, Form, main, markdown, rows
 from hypersd_export.cli import app
+from tests.bundles import seal
 
 
 def figure(value: float) -> dict[str, float]:
@@ -67,3 +69,28 @@ def test_an_export_that_fails_ends_it_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: --target nothing: unknown, choose from")
     assert error.count("\n") == 1
+
+
+def test_whole_bundles_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was changed is exported again; what is asked of the pictures leaves their diversity out."""
+    monkeypatch.setattr(coreml_table, "FORMS", (Form(), Form(bits=8), Form(bits=6)))
+    for form in (Form(), Form(bits=8)):
+        (tmp_path / "bundles" / form.name).mkdir(parents=True)
+    seal(tmp_path / "bundles" / Form().name)
+    changed = seal(tmp_path / "bundles" / Form(bits=8).name)
+    (changed / "more").write_text("x")
+    asked: list[list[str]] = []
+
+    def run(command: list[str]) -> str:
+        asked.append(command)
+        (tmp_path / "quality.json").write_text(json.dumps({"candidates": [], "machine": {}}))
+        return ""
+
+    monkeypatch.setattr(coreml_table, "run_module", run)
+    monkeypatch.setattr(coreml_table, "rows", lambda bundles, quality: [])
+    monkeypatch.setattr(coreml_table, "markdown", lambda *arguments: "")
+    assert main(["--out", str(tmp_path), "--count", "5"]) == 0
+    exported = [command[command.index("--out") + 1] for command in asked[:-1]]
+    assert [Path(out).name for out in exported] == [Form(bits=8).name, Form(bits=6).name]
+    assert asked[-1][:2] == ["benchmarks.bench.cli", "quality"]
+    assert asked[-1][asked[-1].index("--varied") + 1] == "0"
