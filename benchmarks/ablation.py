@@ -92,9 +92,12 @@ def signs(rows: Sequence[Row], teacher: Cell, base: str) -> list[dict[str, Any]]
     """Signs of exploited rewards, for every trained row and step count that the row `base` has too.
 
     Of each reward and the judge the paired change to `base`; saturation and texture over the teacher's. A sign is a
-    reward that rises while the judge falls, both outside their intervals, or a look that is louder than `LOUD`.
+    reward that rises while the judge falls, both outside their intervals, or a look that is louder than `LOUD`. None
+    without such a row.
     """
-    below = next(row for row in rows if row.label == base)
+    below = next((row for row in rows if row.label == base), None)
+    if below is None:
+        return []
     rewards = [name for name in next(iter(below.cells.values())).figures[0] if name.startswith("reward_")]
     found = []
     for row in rows:
@@ -126,7 +129,9 @@ def markdown(aims: Sequence[Mapping[str, Any]], signs: Sequence[Mapping[str, Any
         clip = _bold(_share(entry["clip_score"], sign="+"), entry["met"]["clip_score"])
         spread = _bold(_share(entry["diversity"]), entry["met"]["diversity"])
         lines.append(f"| {entry['label']} | {' | '.join([clip, *ratios, spread])} |")
-    rewards = [name for name in (signs[0] if signs else ()) if name.startswith("reward_")]
+    if not signs:
+        return "\n".join(lines) + "\n"
+    rewards = [name for name in signs[0] if name.startswith("reward_")]
     lines += [
         "", "## Signs of exploited rewards", "",
         f"Paired changes to {base} at the same step count; saturation and texture over the teacher's 25 steps. A sign: "

@@ -81,6 +81,8 @@ def test_signs_are_a_reward_that_rises_while_the_judge_falls_and_a_look_that_is_
         row("fooled", clip_score=74, reward_clip=78, saturation=0.5, texture=0.12),
         row("alone", steps=2),
     ]
+    assert ablation.signs(rows, TEACHER, "LCM") == []  # which is not among them
+    assert "Signs of exploited" not in ablation.markdown(ablation.aims(rows, TEACHER, ()), [], "LCM")
     honest, fooled = ablation.signs(rows, TEACHER, "TSCD")
     assert (honest["label"], honest["signs"]) == ("honest", [])
     assert (fooled["label"], fooled["signs"]) == ("fooled", ["reward_clip", "texture"])
