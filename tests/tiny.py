@@ -3,6 +3,10 @@
 import json
 from pathlib import Path
 
+from hypersd_export.graphs.spec import Component
+
+COMPONENTS = tuple(component for component in Component if component is not Component.TEXT_ENCODER_2)
+"""What bundles of Stable Diffusion 1.x and 2.x have."""
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 
 

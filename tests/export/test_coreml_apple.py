@@ -14,7 +14,7 @@ from hypersd_export.diffusion import FewStepPlan, PlanEntry, PlanFile, Solver
 from hypersd_export.diffusion.apple import as_apple, play
 from hypersd_export.errors import OptionError
 from hypersd_export.export import export
-from hypersd_export.graphs.spec import Component, Shapes
+from hypersd_export.graphs.spec import Shapes
 from hypersd_export.job import open_job
 from hypersd_export.runtime.coreml import open_packages
 from hypersd_export.runtime.images import to_uint8
@@ -26,6 +26,7 @@ from hypersd_export.verify.coreml import InterpretedGraph
 from hypersd_export.verify.metrics import psnr
 from hypersd_export.verify.mil import open_package
 from hypersd_export.verify.source import SourceRequest, open_source
+from tests.tiny import COMPONENTS
 
 pytest.importorskip("coremltools")
 
@@ -77,8 +78,8 @@ def test_names_shapes_and_types(packages):
 
 def test_the_packages_are_held_against_torch_by_our_names(done):
     parity = done.manifest.parity
-    assert set(parity) == {*Component, "image"}
-    assert all(parity[name]["psnr_db"] > 55 for name in Component)
+    assert set(parity) == {*COMPONENTS, "image"}
+    assert all(parity[name]["psnr_db"] > 55 for name in COMPONENTS)
     assert parity["image"]["psnr_db"] > 45
     record = done.manifest.targets["coreml"]
     assert record["components"]["unet"]["packages"] == ["unet/Unet.mlpackage"]

@@ -21,6 +21,7 @@ from hypersd_export.spec import CoreMLFlags, ExportSpec
 from hypersd_export.targets import Target
 from hypersd_export.verify.coreml import InterpretedRuntime
 from hypersd_export.verify.metrics import psnr
+from tests.tiny import COMPONENTS
 
 pytest.importorskip("coremltools")
 
@@ -51,7 +52,7 @@ def interpreted(done):
 
 def test_components_become_packages_that_are_torchs(done):
     found = packages(done)
-    assert set(found) == set(Component)
+    assert set(found) == set(COMPONENTS)
     for name, path in found.items():
         assert path == done.path / name / f"{name}.mlpackage"
         assert (path.parent / "config.json").is_file()
@@ -65,8 +66,8 @@ def test_components_become_packages_that_are_torchs(done):
     assert len(unet["float32_ops"]) < 0.05 * unet["ops"]
     assert not any(record["components"][name]["float32_ops"] for name in found if name != "unet")
     parity = done.manifest.parity
-    assert set(parity) == {*Component, "image"}
-    assert all(55 < parity[name]["psnr_db"] < 100 for name in Component)
+    assert set(parity) == {*COMPONENTS, "image"}
+    assert all(55 < parity[name]["psnr_db"] < 100 for name in COMPONENTS)
     assert parity["image"]["psnr_db"] > 45
     assert not list(done.path.rglob("*.onnx"))
     assert not (done.path / "model_index.json").exists()
@@ -103,7 +104,7 @@ def test_a_second_export_converts_nothing_and_other_options_convert_what_they_ch
 
     monkeypatch.setattr(build_coreml, "run_apart", run_apart)
     again = export(replace(coreml_spec, out=tmp_path / "again"))
-    assert {stage.name for stage in again.stages if stage.cached} == {f"coreml-{c}" for c in Component} | {
+    assert {stage.name for stage in again.stages if stage.cached} == {f"coreml-{c}" for c in COMPONENTS} | {
         "coreml-norms", "verify",
     }  # fmt: skip
     assert {n: digest_tree(p, "*") for n, p in packages(again).items()} == {

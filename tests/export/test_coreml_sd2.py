@@ -20,6 +20,7 @@ from hypersd_export.verify.metrics import psnr
 from hypersd_export.verify.mil import open_package
 from hypersd_export.verify.reference import text_outputs, unet_output
 from hypersd_export.verify.source import SourceRequest, open_source
+from tests.tiny import COMPONENTS
 
 pytest.importorskip("coremltools")
 
@@ -67,7 +68,7 @@ def test_an_export_is_torchs(base, tiny_spec, tmp_path, monkeypatch):
     entry = json.loads((done.path / "plan.json").read_text())["entries"][0]
     assert entry["plan"]["prediction_type"] == "v_prediction"
     parity = done.manifest.parity
-    assert all(55 < parity[name]["psnr_db"] < 100 for name in Component)
+    assert all(55 < parity[name]["psnr_db"] < 100 for name in COMPONENTS)
     assert parity["image"]["psnr_db"] > 45
 
 

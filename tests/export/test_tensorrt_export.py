@@ -15,6 +15,7 @@ from hypersd_export.export import export
 from hypersd_export.graphs.spec import Component
 from hypersd_export.spec import EngineFlags, ExportSpec, PlanFlags
 from hypersd_export.targets import Target, tensorrt_vendor
+from tests.tiny import COMPONENTS
 
 rtx = pytest.mark.skipif(not tensorrt_vendor.installed("rtx"), reason="tensorrt_rtx is not installed")
 FLAGS = EngineFlags(flavour="rtx", capabilities=("8.6", "8.9"))
@@ -33,7 +34,7 @@ def engines(done):
 def test_components_become_engines(spec, tmp_path):
     done = export(spec)
     found = engines(done)
-    assert set(found) == set(Component)
+    assert set(found) == set(COMPONENTS)
     for name, record in found.items():
         path = done.path / record.file
         assert path.parent.name == name
@@ -61,7 +62,7 @@ def test_an_engine_is_taken_from_the_cache_for_the_same_gpus_alone(spec, tmp_pat
     monkeypatch.setattr(build_tensorrt.tensorrt, "build", build)
     again = export(replace(spec, out=tmp_path / "again"))
     assert {stage.name: stage.cached for stage in again.stages if stage.name.startswith("tensorrt")} == {
-        f"tensorrt-{component}": True for component in Component
+        f"tensorrt-{component}": True for component in COMPONENTS
     }
     for other in (replace(FLAGS, capabilities=("12.0",)), replace(FLAGS, level=1)):
         with pytest.raises(BuildError, match="asked for text_encoder"):

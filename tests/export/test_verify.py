@@ -13,13 +13,12 @@ from onnx import numpy_helper
 
 from hypersd_export.errors import BundleError, HypersdError, ModelError, ParityError
 from hypersd_export.export import export
-from hypersd_export.graphs.spec import Component, Shapes
+from hypersd_export.graphs.spec import Shapes
 from hypersd_export.verify import process, worker
 from hypersd_export.verify.process import run_verification
 from hypersd_export.verify.request import VerifyRequest
 from hypersd_export.verify.source import SourceRequest, open_source
-
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+from tests.tiny import COMPONENTS
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def request_for(tiny_base, exported, tmp_path):
         source=source,
         digests=open_source(source).digests,
         bundle=bundle,
-        components={component: bundle / component for component in Component},
+        components={component: bundle / component for component in COMPONENTS},
         out=tmp_path / "out",
         shapes=Shapes(**exported.manifest.options["shapes"]),
         precision="fp32",

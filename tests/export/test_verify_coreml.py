@@ -20,6 +20,7 @@ from hypersd_export.verify.mil import open_package
 from hypersd_export.verify.request import VerifyRequest
 from hypersd_export.verify.source import SourceRequest, open_source
 from tests.mil_programs import save_program
+from tests.tiny import COMPONENTS
 
 mb = pytest.importorskip("coremltools.converters.mil").Builder
 
@@ -32,7 +33,7 @@ def packages(tiny_base, exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packages")
     source = open_source(SourceRequest(base=str(tiny_base)))
     shapes = Shapes(**exported.manifest.options["shapes"])
-    for component in Component:
+    for component in COMPONENTS:
         module, _ = source.load(component.source, torch.float32)
         graph = convert.plain(build_graph(component, module, shapes))
         convert.build(graph, folder / f"{component}.mlpackage", precision="fp16", deployment_target="iOS17")
@@ -59,8 +60,8 @@ def test_components_and_picture_are_torchs_to_half_precision(request_for):
     report = worker.verify(request_for, seen.append)
     assert report["failures"] == []
     figures = {name: figure["psnr_db"] for name, figure in report["parity"].items()}
-    assert set(figures) == {*Component, "image"}
-    assert all(55 < figures[name] < COMPONENT_DB["fp32"] for name in Component)  # rounded, and no more than that
+    assert set(figures) == {*COMPONENTS, "image"}
+    assert all(55 < figures[name] < COMPONENT_DB["fp32"] for name in COMPONENTS)  # rounded, and no more than that
     assert figures["image"] > 45
     assert "interpreter: unet" in seen
     assert "interpreter: image in 2 steps" in seen
@@ -98,7 +99,7 @@ def test_a_spoilt_weight_and_a_spoilt_op_are_named_with_the_picture(request_for)
     spoil_program(folder / "vae_decoder.mlpackage", activation)
     spoil_program(folder / "vae_encoder.mlpackage", activation)
     report = worker.verify(request_for)
-    assert {failure.split()[0] for failure in report["failures"]} == {*Component, "image"}
+    assert {failure.split()[0] for failure in report["failures"]} == {*COMPONENTS, "image"}
     assert report["parity"]["image"]["psnr_db"] < 35
 
 
