@@ -154,6 +154,7 @@ class Joining:
             "shapes": Shapes(**data["shapes"]),
             "table": StepTable.from_json(data["table"]),
             "guidance": Guidance.from_json(data["guidance"]),
+            "empty": tuple(tuple(ids) for ids in data["empty"]),
         }
         return cls(**{**data, **read})
 

@@ -31,7 +31,11 @@ ALPHAS = torch.tensor(NoiseSchedule().alphas_cumprod())
 METHODS = {
     "tscd": ("stages.0.steps=1", "stages.1.steps=1", "stages.2.steps=0", "stages.3.steps=0"),
     "score": ("stages.0.steps=1", "score.pairs=2", "score.pair_steps=2"),
-    "feedback": ("stages.0.steps=1", "feedback.guard.watch=none", 'feedback.rewards=[{"kind": "aesthetic"}]'),
+    "feedback": (
+        "stages.0.steps=1",
+        "feedback.guard.watch=none",
+        'feedback.rewards=[{"kind": "aesthetic", "target": 6.5}]',
+    ),
 }
 
 
