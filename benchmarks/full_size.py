@@ -34,11 +34,17 @@ WHOLE = "network.mlpackage"
 
 def _unet(base: str) -> Callable[[], Graph]:
     def graph() -> Graph:
+        from hypersd_export.graphs.components import build_graph
         from trainer.distill.config import recipe
         from trainer.distill.memory import unet_of
 
-        config, shapes, _ = unet_of(recipe(base))
-        return unet_graph(config, side=shapes.latents[1], tokens=shapes.tokens, pooled=shapes.pooled)
+        config, given, _ = unet_of(recipe(base))
+        channels, height, width = given.latents
+        shapes = Shapes(
+            batch=1, unet_batch=1, channels=channels, latent_height=height, latent_width=width, vae_scale=8,
+            tokens=given.tokens, text_width=given.width, pooled=given.pooled,
+        )  # fmt: skip
+        return build_graph(Component.UNET, random_weights("UNet2DConditionModel", config), shapes)
 
     return graph
 
@@ -77,33 +83,6 @@ def random_weights(kind: str, config: Mapping[str, Any]) -> Any:
         for weight in model.parameters():
             weight.normal_(0.0, 0.02, generator=generator)
     return model
-
-
-def unet_graph(config: Mapping[str, Any], *, side: int, tokens: int, pooled: int) -> Graph:
-    """A UNet at batch 1 and side x side latents; SDXL's, whose `pooled` is its width of pooled states, has two more
-    inputs."""
-    import torch
-
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unet = random_weights("UNet2DConditionModel", config)
-
-        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, *added: Any) -> Any:
-            names = ("text_embeds", "time_ids")
-            extra = {"added_cond_kwargs": dict(zip(names, added, strict=True))} if added else {}
-            return self.unet(sample, timestep, encoder_hidden_states, return_dict=False, **extra)[0]
-
-    half = torch.float16
-    inputs = {
-        "sample": torch.zeros((1, int(config["in_channels"]), side, side), dtype=half),
-        "timestep": torch.tensor(999.0),
-        "encoder_hidden_states": torch.zeros((1, tokens, int(config["cross_attention_dim"])), dtype=half),
-    }
-    if pooled:
-        # float32, as are the embeddings of the ids, beside which the states are laid before both are rounded
-        inputs |= {"text_embeds": torch.zeros((1, pooled)), "time_ids": torch.zeros((1, 6))}
-    return Graph(name=Component.UNET, module=Net(), inputs=inputs, output_names=("out_sample",))
 
 
 def export(name: str, folder: Path) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from hypersd_export.verify import range_scan
 from hypersd_export.verify.range_scan import Drawing, Ranges
 
 COMPOSE = "onnx-pipeline"
-QUANTIZED = (Component.TEXT_ENCODER, Component.TEXT_ENCODER_2, Component.UNET)
-"""What gets integer weights; not the VAE, which is small, and the first to show it."""
+COMPRESSIBLE = (Component.TEXT_ENCODER, Component.TEXT_ENCODER_2, Component.UNET)
+"""Whose weights are compressed, for ONNX and Core ML; not the VAE's, which is small, and the first to show it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +136,7 @@ class Workshop:
         """The same with integer weights in text encoders and UNet."""
         raw = self.onnx(precision)
         components = {
-            component: self._integers(component, stage, precision, kind) if component in QUANTIZED else stage
+            component: self._integers(component, stage, precision, kind) if component in COMPRESSIBLE else stage
             for component, stage in raw.components.items()
         }
         whole = self._compose(precision, components, kind) if self.job.spec.single_graph else None

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from hypersd_export.build import Workshop
+from hypersd_export.build import COMPRESSIBLE, Workshop
 from hypersd_export.build_coreml import Packages, apart, derived
 from hypersd_export.bundle.cache import Stage
 from hypersd_export.bundle.packages import PIPELINE
@@ -13,8 +13,8 @@ from hypersd_export.graphs.spec import Component
 from hypersd_export.job import code_digests
 from hypersd_export.targets.coreml import QUANTIZED, vendor
 
-COMPRESSED = (Component.TEXT_ENCODER.value, Component.TEXT_ENCODER_2.value, Component.UNET.value, PIPELINE)
-"""What is compressed; not the VAE, which is small, and the first to show it."""
+COMPRESSED = (*(component.value for component in COMPRESSIBLE), PIPELINE)
+"""What is compressed of packages, among them the one of a whole pipeline."""
 TEXT_FORM = "int8"
 """What the text encoder gets where the UNet's palettes are mixed: as large as palettes of 8 bits, and nearer."""
 _CODE = ("targets/coreml", "coreml_worker.py", "coreml_compress.py", "coreml_mixed.py", "verify")

@@ -11,7 +11,7 @@ from hypersd_export.errors import BundleError
 from hypersd_export.runtime.folder import Folder
 from hypersd_export.runtime.graph import Runtime
 from hypersd_export.runtime.groups import groups
-from hypersd_export.runtime.text import TIME_IDS, Float, Guide, Ids, Text, text_of, zeros
+from hypersd_export.runtime.text import TIME_IDS, Float, Guide, Ids, Text, apart, text_of, zeros
 from hypersd_export.runtime.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -71,7 +71,7 @@ class TextEncoders:
 
     def encode(self, ids: Sequence[Ids]) -> list[Text]:
         """Each text as the UNet sees it, without the picture's size."""
-        states, pooled = [], None
+        outputs = []
         for encoder, rows in zip(self.all, zip(*ids, strict=True), strict=True):
             graph = self.runtime.graph(encoder.component)
             size = graph.inputs["input_ids"].shape[0] or len(rows)
@@ -79,10 +79,5 @@ class TextEncoders:
             missing = [name for name in encoder.outputs if name not in parts[0]]
             if missing:
                 raise BundleError(f"{graph.path} has no output {missing[0]}: export the bundle again")
-            states.append(np.concatenate([part[encoder.states] for part in parts]))
-            if encoder.pooled is not None:
-                pooled = np.concatenate([part[encoder.pooled] for part in parts])
-        return [
-            text_of([each[n : n + 1] for each in states], None if pooled is None else pooled[n : n + 1])
-            for n in range(len(ids))
-        ]
+            outputs.append({name: np.concatenate([part[name] for part in parts]) for name in encoder.outputs})
+        return apart(text_of(self.all, outputs))[: len(ids)]

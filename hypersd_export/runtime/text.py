@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from hypersd_export.bundle.texts import Encoder
 from hypersd_export.errors import OptionError
 
 Float = npt.NDArray[np.float32]
@@ -35,10 +36,19 @@ def rows(texts: Sequence[Text], each: int) -> dict[str, Float]:
     return {name: np.repeat(np.concatenate([text[name] for text in texts]), each, axis=0) for name in texts[0]}
 
 
-def text_of(states: Sequence[Float], pooled: Float | None) -> Text:
-    """A text from the states [1, S, C] of each encoder, which lie side by side, and the pooled state [1, P] if any."""
-    text = {"encoder_hidden_states": np.concatenate(states, axis=-1)}
-    return text if pooled is None else text | {"text_embeds": pooled}
+def text_of(encoders: Sequence[Encoder], outputs: Sequence[Mapping[str, Float]]) -> Text:
+    """Texts, a row each, of what each encoder gave for them: states side by side, and the pooled state if any."""
+    pairs = list(zip(encoders, outputs, strict=True))
+    states = np.concatenate([given[encoder.states] for encoder, given in pairs], axis=-1)
+    pooled = [given[encoder.pooled] for encoder, given in pairs if encoder.pooled is not None]
+    text = {"encoder_hidden_states": states}
+    return {**text, "text_embeds": pooled[0]} if pooled else text
+
+
+def apart(texts: Text) -> list[Text]:
+    """Each row as a text of its own."""
+    count = len(texts["encoder_hidden_states"])
+    return [{name: value[n : n + 1] for name, value in texts.items()} for n in range(count)]
 
 
 def zeros(text: Text) -> Text:

@@ -191,3 +191,15 @@ def _all_nodes(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _all_nodes(attribute.g)
+
+
+def add_initializer(graph: "onnx_ir.Graph", name: str, tensor: Any) -> "onnx_ir.Value":
+    """A tensor as an initialiser of this name, its value with type and shape."""
+    import onnx_ir
+
+    tensor.name = name
+    value = onnx_ir.Value(
+        name=name, shape=onnx_ir.Shape(tensor.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value

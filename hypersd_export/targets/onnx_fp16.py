@@ -198,12 +198,8 @@ class _Widening:
         import onnx_ir
 
         assert value.const_value is not None
-        tensor = onnx_ir.tensor(value.const_value.numpy().astype(np.float32), name=name)
-        weight = onnx_ir.Value(
-            name=name, shape=onnx_ir.Shape(tensor.shape), type=onnx_ir.TensorType(self._float), const_value=tensor
-        )
-        self._graph.register_initializer(weight)
-        return weight
+        tensor = onnx_ir.tensor(value.const_value.numpy().astype(np.float32))
+        return onnx.add_initializer(self._graph, name, tensor)
 
     def _widen_output(self, place: int, value: "onnx_ir.Value") -> None:
         """The output keeps its name; what was it gets another."""

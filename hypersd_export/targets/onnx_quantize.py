@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hypersd_export.errors import OptionError
+from hypersd_export.targets import onnx
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -49,7 +50,7 @@ def quantize(model: "onnx_ir.Model", kind: str) -> dict[str, Any]:
         levels, scale = to_int4(array, in_axis) if block else to_int8(array, out_axis)
         dtype = onnx_ir.DataType.INT4 if block else onnx_ir.DataType.INT8
         stored, scales = (
-            _initializer(graph, f"{weight.name}.{what}", tensor)
+            onnx.add_initializer(graph, f"{weight.name}.{what}", tensor)
             for what, tensor in (
                 ("quantized", onnx_ir.tensor(levels, dtype=dtype)),
                 ("scale", onnx_ir.tensor(scale.astype(array.dtype))),
@@ -117,14 +118,3 @@ def _round(
     scale = np.where(scale > 0, scale, np.float32(1))
     levels = np.clip(np.rint(weight.astype(np.float32) / scale), -top, top)
     return levels.astype(np.int8), scale
-
-
-def _initializer(graph: "onnx_ir.Graph", name: str, tensor: Any) -> "onnx_ir.Value":
-    import onnx_ir
-
-    tensor.name = name
-    value = onnx_ir.Value(
-        name=name, shape=onnx_ir.Shape(tensor.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value

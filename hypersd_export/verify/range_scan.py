@@ -28,8 +28,8 @@ from hypersd_export.bundle.texts import Encoder
 from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, initial_noise, run, step_noise
 from hypersd_export.graphs.spec import Component, Shapes
 from hypersd_export.runtime.groups import groups
-from hypersd_export.runtime.text import TIME_IDS, SizeHints, Text, rows, text_of, zeros
-from hypersd_export.targets import onnx_fp16
+from hypersd_export.runtime.text import TIME_IDS, SizeHints, Text, apart, rows, text_of, zeros
+from hypersd_export.targets import onnx, onnx_fp16
 from hypersd_export.targets.onnx_fp16 import HALF_MAX
 
 if TYPE_CHECKING:
@@ -168,11 +168,7 @@ def _encode_text(probe: "Probe", *, drawing: Drawing, encoder: Encoder, ids: Ids
 
 def _texts(drawing: Drawing, encoded: Sequence[Mapping[str, Float]]) -> list[Text]:
     """Every prompt as the UNet sees it, the negative one's last."""
-    shapes, found = drawing.shapes, []
-    for n in range(drawing.count + 1):
-        states = [given[each.states][n : n + 1] for each, given in zip(drawing.encoders, encoded, strict=True)]
-        pooled = [given[e.pooled][n : n + 1] for e, given in zip(drawing.encoders, encoded, strict=True) if e.pooled]
-        found.append(text_of(states, pooled[0] if pooled else None))
+    shapes, found = drawing.shapes, apart(text_of(drawing.encoders, encoded))
     if drawing.zero_empty:
         found[-1] = zeros(found[-1])
     if not shapes.pooled:
@@ -296,8 +292,11 @@ def _measure(model: "onnx_ir.Model", value: "onnx_ir.Value") -> None:
     added = producer.inputs if producer.op_type == "Add" else ()
     hidden = next((mask for mask in map(_mask, added) if mask is not None), None)
     if hidden is not None:
-        constants = [_constant(model, f"{name}.{value.name}", array) for name, array in
-                     (("hidden", hidden), ("zero", np.zeros((), np.float32)))]  # fmt: skip
+        arrays = {"hidden": hidden, "zero": np.zeros((), np.float32)}
+        constants = [
+            onnx.add_initializer(model.graph, f"{name}.{value.name}", onnx_ir.tensor(array))
+            for name, array in arrays.items()
+        ]
         nodes.append(onnx_ir.node("Where", [*constants, magnitude.outputs[0]], name=f"unmasked.{value.name}"))
     nodes.append(onnx_ir.node("ReduceMax", [nodes[-1].outputs[0]], {"keepdims": 0}, name=f"max.{value.name}"))
     for node in nodes:
@@ -306,17 +305,6 @@ def _measure(model: "onnx_ir.Model", value: "onnx_ir.Value") -> None:
     out.name, out.dtype, out.shape = f"{PREFIX}{value.name}", onnx_ir.DataType.FLOAT, onnx_ir.Shape(())
     model.graph.insert_after(producer, nodes)
     model.graph.outputs.append(out)
-
-
-def _constant(model: "onnx_ir.Model", name: str, array: npt.NDArray[Any]) -> "onnx_ir.Value":
-    import onnx_ir
-
-    tensor = onnx_ir.tensor(array, name=name)
-    value = onnx_ir.Value(
-        name=name, shape=onnx_ir.Shape(tensor.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    model.graph.register_initializer(value)
-    return value
 
 
 def _mask(value: "onnx_ir.Value | None") -> npt.NDArray[np.bool_] | None:

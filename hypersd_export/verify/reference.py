@@ -64,11 +64,8 @@ def prompt_states(source: Source, texts: Sequence[str], shapes: Shapes, *, negat
 
 def seen(source: Source, outputs: Sequence[Mapping[str, Float]], shapes: Shapes) -> Text:
     """One text as the UNet sees it, of what each text encoder gave for it (one row)."""
-    encoders = encoders_of(source.configs)
-    pooled = [given[encoder.pooled] for encoder, given in zip(encoders, outputs, strict=True) if encoder.pooled]
-    states = [given[encoder.states] for encoder, given in zip(encoders, outputs, strict=True)]
-    text = text_of(states, pooled[0] if pooled else None)
-    return {**text, TIME_IDS: SizeHints().time_ids((shapes.width, shapes.height))} if pooled else text
+    text = text_of(encoders_of(source.configs), outputs)
+    return {**text, TIME_IDS: SizeHints().time_ids((shapes.width, shapes.height))} if shapes.pooled else text
 
 
 def nothing(text: Text) -> Text:
