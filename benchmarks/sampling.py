@@ -26,11 +26,11 @@ SAMPLER = 1
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """UNet, VAE, text encoder and tokenizer of a Stable Diffusion pipeline, all in float32.
+    """UNet, VAE, text encoder and tokenizer of a Stable Diffusion pipeline, on one device and in one dtype.
 
-    bf16: the UNet's matrix products and convolutions run in bfloat16 (autocast), twice as fast on many CPUs; latents,
-    the plan's arithmetic, text states and decoding stay in float32. latents: (height, width) in cells, where that is
-    not the UNet's own size.
+    Between the networks latents and the plan's arithmetic are float32, whatever the networks are. bf16: the UNet's
+    matrix products and convolutions run in bfloat16 (autocast), twice as fast on many CPUs. latents: (height, width) in
+    cells, where that is not the UNet's own size.
     """
 
     unet: Any
@@ -64,7 +64,8 @@ class Parts:
 
     @torch.no_grad()
     def draw(self, captions: Sequence[str], plan: FewStepPlan, *, first_seed: int = 0) -> torch.Tensor:
-        """Pictures in [-1, 1], float32 [N, 3, H, W]; picture i has seed first_seed + i (Philox, image 0).
+        """Pictures in [-1, 1], float32 [N, 3, H, W], on the networks' device; picture i has seed first_seed + i
+        (Philox, image 0).
 
         One pass of the network per step without guidance, both branches in one with it; `PlanError` for embedded
         guidance. A picture depends on how many are drawn with it only by rounding.
@@ -81,7 +82,8 @@ class Parts:
             states = embed_captions(self.text_encoder, self.tokenizer, part)
             seeds = range(first_seed + start, first_seed + start + len(part))
             latents = self._denoise(plan, states, empty, seeds, shape)
-            pictures.append(self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1, 1))
+            scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+            pictures.append(self.vae.decode(scaled).sample.float().clamp(-1, 1))
         return torch.cat(pictures)
 
     def _denoise(
@@ -89,22 +91,24 @@ class Parts:
         shape: tuple[int, int, int],
     ) -> torch.Tensor:  # fmt: skip
         """Latents [b, C, h, w] by the plan's table; `empty` [1, S, D] where there is guidance."""
-        table = plan.table()
+        table, device, dtype = plan.table(), self.unet.device, self.unet.dtype
         context = states if empty is None else torch.cat([empty.expand_as(states), states])
 
         def net(x: Any, t: float) -> Any:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-                out = self.unet(x if empty is None else torch.cat([x, x]), torch.tensor(t), context).sample.float()
+                rows = (x if empty is None else torch.cat([x, x])).to(dtype)
+                out = self.unet(rows, torch.tensor(t, device=device), context).sample.float()
             if empty is None:
                 return out
             uncond, cond = out.chunk(2)
             return uncond + plan.guidance.scale * (cond - uncond)
 
         def fresh(stream: int) -> Any:
-            return torch.from_numpy(np.stack([step_noise(seed=s, index=0, step=stream, shape=shape) for s in seeds]))
+            drawn = np.stack([step_noise(seed=s, index=0, step=stream, shape=shape) for s in seeds])
+            return torch.from_numpy(drawn).to(device)
 
         noise = np.stack([initial_noise(seed=s, index=0, shape=shape) for s in seeds])
-        start = torch.from_numpy(np.float32(table.init_noise_sigma) * noise)
+        start = torch.from_numpy(np.float32(table.init_noise_sigma) * noise).to(device)
         latents: torch.Tensor = run(table, net, start, step_noise=fresh)
         return latents
 

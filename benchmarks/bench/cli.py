@@ -29,6 +29,9 @@ Base = Annotated[str | None, typer.Option(help="Where the bundle's base is now, 
 Unet = Annotated[str | None, typer.Option(help="Where its other UNet is now.")]
 Vae = Annotated[str | None, typer.Option(help="Where its other VAE is now.")]
 Lora = Annotated[list[str] | None, typer.Option(metavar="FILE", help="Where its LoRA is now; repeatable.")]
+CudaGraph = Annotated[
+    bool, typer.Option("--cuda-graph", help="With --provider cuda: time each bundle with its UNet's call captured too.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of everybody (default: all cores).")]
 
 
@@ -49,6 +52,7 @@ def latency(
     prompt: Annotated[str | None, typer.Option(help="What is drawn (default: the golden picture's).")] = None,
     runtime: RuntimeName = None,
     provider: Provider = None,
+    cuda_graph: CudaGraph = False,
     threads: Threads = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one answer may take.")] = 1800.0,
     base: Base = None,
@@ -74,6 +78,7 @@ def latency(
         selection = Selection(
             bundles=tuple(bundle), versus=tuple(vs or ()), steps=steps, runtime=runtime, provider=provider,
             places=Places(base=base, unet=unet, vae=vae, loras=tuple(lora or ())), cache_dir=cache_dir,
+            cuda_graph=cuda_graph,
         )  # fmt: skip
         report = run_latency(selection, options, prompt=prompt, out=out, command=command_line())
         finish(report)

@@ -33,6 +33,8 @@ class Selection:
     runtime: str | None = None
     provider: str | None = None
     places: Places = field(default_factory=Places)
+    cuda_graph: bool = False
+    """Time bundles whose UNet is a graph of its own with its call captured as well."""
     absent: tuple[tuple[str, str], ...] = ()
     """Bundles that could not be made, and why: they have a row that says so."""
     cache_dir: Path | None = None
@@ -54,20 +56,26 @@ def run_latency(
 ) -> dict[str, Any]:
     """The latency report, written to `out`/latency.json and printed as a table."""
     bundles = selection.open()
-    prompt = golden_prompt(bundles[0]) if prompt is None else prompt
+    first = bundles[0]
+    prompt = golden_prompt(first) if prompt is None else prompt
     described, energy = machine.describe(options.threads), machine.Energy.find()
     with tables.Progress() as progress:
         versus = Versus(
-            first=bundles[0], prompt=prompt, threads=options.threads, places=selection.places,
+            first=first, prompt=prompt, threads=options.threads, places=selection.places,
             cache=StageCache(selection.cache), tell=progress.tell,
         )  # fmt: skip
         entrants = [bundle_entrant(bundle, prompt=prompt, threads=options.threads) for bundle in bundles]
+        entrants += [
+            bundle_entrant(bundle, prompt=prompt, threads=options.threads, cuda_graph=True)
+            for bundle in bundles
+            if selection.cuda_graph and bundle.runtime == "onnx" and not bundle.is_single_graph
+        ]
         entrants += [versus.entrant(kind) for kind in selection.versus]
         entrants += [Entrant(name=name, kind="bundle", missing=why) for name, why in selection.absent]
-        speed = speed_entrant(options.threads)
+        speed = speed_entrant(options.threads, device=first.device, precision=first.torch_precision)
         times = race([*entrants, speed], options, energy, tell=progress.tell)
         work = {bundle.name: unet_work(bundle.path, bundle.manifest) for bundle in bundles}
-        work[""] = work[bundles[0].name]
+        work |= {f"{name}, CUDA graph": of_unet for name, of_unet in work.items()} | {"": work[first.name]}
         described["load_after"], described["clocks_after"] = machine.load(), machine.clocks()
         report = figures.report(
             entrants, times, options, speed=times.get(speed.name), work=work, energy=energy, machine=described,

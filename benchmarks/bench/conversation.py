@@ -41,6 +41,11 @@ class Conversation:
     def __enter__(self) -> Self:
         return self
 
+    @property
+    def pid(self) -> int:
+        """The painter's process number."""
+        return self._process.pid
+
     def __exit__(self, *_: object) -> None:
         self.close()
 

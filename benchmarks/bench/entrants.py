@@ -55,6 +55,11 @@ class OpenBundle:
     provider: str | None = None
     steps: int | None = None
 
+    @property
+    def device(self) -> str:
+        """Where its UNet runs, in torch's words: cpu, or cuda for whatever needs an NVIDIA GPU."""
+        return "cuda" if self.runtime == "tensorrt" or self.provider in ("cuda", "tensorrt") else "cpu"
+
     @cached_property
     def plan(self) -> FewStepPlan:
         """What it draws by."""
@@ -69,6 +74,12 @@ class OpenBundle:
     def precision(self) -> str:
         """Of the graphs that are run."""
         return str(self.manifest.targets.get(self.runtime, {}).get("precision", "not stated"))
+
+    @property
+    def torch_precision(self) -> str:
+        """What the same weights are measured in with torch: the graphs' own on a GPU, float32 on a CPU, whose fp16
+        products are emulated."""
+        return "fp16" if self.device == "cuda" and self.precision == "fp16" else "fp32"
 
     @property
     def is_single_graph(self) -> bool:
@@ -144,18 +155,18 @@ def golden_prompt(bundle: OpenBundle) -> str:
     return str(read_object(bundle.path / "golden" / "golden.json").get("prompt") or PROMPT)
 
 
-def bundle_entrant(bundle: OpenBundle, *, prompt: str, threads: int) -> Entrant:
-    """A bundle in this project's runtime."""
+def bundle_entrant(bundle: OpenBundle, *, prompt: str, threads: int, cuda_graph: bool = False) -> Entrant:
+    """A bundle in this project's runtime; `cuda_graph`: with its UNet's call captured."""
     request = {
         "kind": "bundle", "bundle": str(bundle.path), "runtime": bundle.runtime, "provider": bundle.provider,
-        "steps": bundle.steps, "threads": threads, "prompt": prompt,
+        "steps": bundle.steps, "threads": threads, "prompt": prompt, "cuda_graph": cuda_graph,
     }  # fmt: skip
-    facts = bundle.facts()
+    facts, name = bundle.facts(), f"{bundle.name}, CUDA graph" if cuda_graph else bundle.name
     if bundle.runtime == "coreml":
         missing = "a Core ML package is timed on a Mac; here only the interpreter reads it (hypersd-bench quality)"
-        return Entrant(name=bundle.name, kind="bundle", facts=facts, missing=missing)
+        return Entrant(name=name, kind="bundle", facts=facts, missing=missing)
     return Entrant(
-        name=bundle.name, kind="bundle", command=(*WORKER, json.dumps(request)), environment=threads_of(threads),
+        name=name, kind="bundle", command=(*WORKER, json.dumps(request)), environment=threads_of(threads),
         facts=facts,
     )  # fmt: skip
 
@@ -165,9 +176,10 @@ def threads_of(count: int) -> dict[str, str]:
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(count))
 
 
-def speed_entrant(threads: int) -> Entrant:
-    """The machine's own speed."""
-    command = (*WORKER, json.dumps({"kind": "speed", "threads": threads}))
+def speed_entrant(threads: int, *, device: str = "cpu", precision: str = "fp32") -> Entrant:
+    """The machine's own speed, on this device and in this precision."""
+    request = {"kind": "speed", "threads": threads, "device": device, "precision": precision}
+    command = (*WORKER, json.dumps(request))
     return Entrant(name="machine", kind="speed", command=command, environment=threads_of(threads))
 
 
@@ -199,8 +211,12 @@ class Versus:
         request = {
             "kind": COMPILE if kind == COMPILE else TORCH, "bundle": str(self.first.path), "plan": plan.to_json(),
             "places": self.places.to_json(), "loras": kind != TEACHER, "threads": self.threads, "prompt": self.prompt,
+            "device": self.first.device, "precision": self.first.torch_precision,
         }  # fmt: skip
-        facts = {"target": kind, "precision": "fp32", "size_mb": round(weights_mb(source), 2), **plan_facts(plan)}
+        facts = {
+            "target": kind, "precision": self.first.torch_precision, "size_mb": round(weights_mb(source), 2),
+            **plan_facts(plan),
+        }  # fmt: skip
         return Entrant(
             name=kind, kind=kind, command=(*WORKER, json.dumps(request)), environment=threads_of(self.threads),
             facts=facts,

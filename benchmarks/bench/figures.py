@@ -66,6 +66,7 @@ def measured_figures(times: Times, options: Options) -> dict[str, Any]:
             for images, seconds in times.whole_s.items()
         },
         "peak_mb": None if times.peak_mb is None else round(times.peak_mb, 1),
+        "vram_mb": None if times.vram_mb is None else round(times.vram_mb, 1),
         **{name: value for name, value in times.facts.items() if name in ("provider", "versions")},
     }  # fmt: skip
     if times.joules:
@@ -104,14 +105,15 @@ def compared(times: Times, base: Times, options: Options) -> dict[str, Any]:
 
 
 def peak_of(speed: Times | None, options: Options) -> dict[str, Any] | None:
-    """The machine's medians over the same rounds: float32 matrix product and copy; None where it was not measured."""
+    """The machine's medians over the same rounds: matrix product and copy; None where it was not measured."""
     if speed is None or speed.failed or not speed.parts_s:
         return None
     gemm, copy = (float(np.median(speed.parts_s[name])) for name in ("gemm", "copy"))
     facts = speed.facts
     return {
         "gemm_gflop_per_s": facts["gemm_flop"] / gemm / 1e9, "copy_gb_per_s": facts["copy_bytes"] / copy / 1e9,
-        "side": facts["side"], "threads": options.threads, "count": len(speed.parts_s["gemm"]),
+        "side": facts["side"], "threads": options.threads, "device": facts["device"], "precision": facts["precision"],
+        "count": len(speed.parts_s["gemm"]),
         "best_gemm_gflop_per_s": facts["gemm_flop"] / min(speed.parts_s["gemm"]) / 1e9,
     }  # fmt: skip
 

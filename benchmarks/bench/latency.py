@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.bench.conversation import Conversation
 from benchmarks.bench.entrants import Entrant
-from benchmarks.bench.machine import Energy
+from benchmarks.bench.machine import Energy, gpu_memory_mb
 from hypersd_export.errors import HypersdError, OptionError
 
 PAUSE_S = 0.01
@@ -68,6 +68,7 @@ class Times:
     parts_s: dict[str, list[float]] = field(default_factory=dict)
     joules: list[float] = field(default_factory=list)
     peak_mb: float | None = None
+    vram_mb: float | None = None
     pixels: Any = None
     failed: str = ""
 
@@ -90,6 +91,7 @@ def race(
                     for turn in range(options.session_rounds(images)[number]):
                         tell(f"session {number + 1} of {options.sessions}: round {turn + 1}, {images} at once")
                         session.round(turn, images)
+                session.read_vram()
     return times
 
 
@@ -156,6 +158,14 @@ class _Session:
                 if self.energy.zones:
                     times.joules.append(self.energy.joules(before, self.energy.read()))
             time.sleep(PAUSE_S)
+
+    def read_vram(self) -> None:
+        """What everybody holds of the GPU at the end of the session: their allocators give nothing back, so it is the
+        most that they had."""
+        held = gpu_memory_mb()
+        for name, painter in self.painters.items():
+            if painter.pid in held:
+                self.times[name].vram_mb = max(held[painter.pid], self.times[name].vram_mb or 0.0)
 
     def _ask(self, name: str, seed: int, images: int, **more: Any) -> dict[str, Any] | None:
         """An answer; None, and the painter is out, where there is none."""

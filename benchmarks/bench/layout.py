@@ -174,7 +174,7 @@ def without_empty(table: Table) -> Table:
 def latency_table(data: Mapping[str, Any]) -> Table:
     """Warm percentiles, ratios, cold start, memory, size, share of the peak, energy."""
     head = ("", "p50 ms", "p90 ms", "p99 ms", "pictures", "time over the first's", "cold start s", "load s",
-            "peak MB", "files MB", "of GEMM", "joule")  # fmt: skip
+            "peak MB", "VRAM MB", "files MB", "of GEMM", "joule")  # fmt: skip
     rows = []
     for row in timed(data):
         image, share = row["image_ms"], row.get("roofline", {}).get("of_gemm")
@@ -182,7 +182,7 @@ def latency_table(data: Mapping[str, Any]) -> Table:
             (
                 row["name"], *(number(image.get(name), 1) for name in ("p50", "p90", "p99")), str(image["count"]),
                 interval(row.get("ratio")), number(row["cold_start_s"]["median"]), number(row["load_s"]["median"]),
-                number(row["peak_mb"], 0), number(row.get("size_mb"), 1),
+                number(row["peak_mb"], 0), number(row.get("vram_mb"), 0), number(row.get("size_mb"), 1),
                 "" if share is None else f"{100 * share:.0f} %", number(row.get("joules", {}).get("p50")),
             )
         )  # fmt: skip
@@ -192,7 +192,7 @@ def latency_table(data: Mapping[str, Any]) -> Table:
     if peak is not None:
         gemm = (
             f" Of GEMM: the UNet's arithmetic a second over {peak['gemm_gflop_per_s']:.0f} GFLOP/s, the median of a "
-            f"float32 product of {peak['side']} x {peak['side']} in the same rounds."
+            f"{peak.get('precision', 'fp32')} product of {peak['side']} x {peak['side']} in the same rounds."
         )
     note = (
         "Prompt to pixels, one picture at a time; everybody in turn in every round. A percentile stands where there "

@@ -1,8 +1,9 @@
-"""What a figure was measured on: processor, memory, clocks, load, versions; and energy, where the system counts it."""
+"""What a figure was measured on: processor, GPU, memory, clocks, load, versions; energy, where it is counted."""
 
 import os
 import platform
 import re
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,37 @@ def describe(threads: int) -> dict[str, Any]:
         "usable_cores": available_cores(), "threads": threads, "memory_gb": memory,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(), "versions": tool_versions(), "clocks": clocks(), "load": load(),
+        "gpu": gpu(),
     }  # fmt: skip
+
+
+def gpu() -> dict[str, Any] | None:
+    """The first NVIDIA GPU: name, driver, memory in MB; None where there is none, or nvidia-smi is not."""
+    rows = nvidia_smi("--query-gpu=name,driver_version,memory.total")
+    return {"name": rows[0][0], "driver": rows[0][1], "memory_mb": mib(rows[0][2])} if rows else None
+
+
+def gpu_memory_mb() -> dict[int, float]:
+    """By process number, what it holds of the first GPU, in MB (10^6 bytes); empty where nobody says."""
+    rows = nvidia_smi("--query-compute-apps=pid,used_memory", "--id=0")
+    held = {int(pid): mib(used) for pid, used in rows}
+    return {pid: megabytes for pid, megabytes in held.items() if megabytes is not None}
+
+
+def mib(text: str) -> float | None:
+    """nvidia-smi's MiB in MB; None for its "[N/A]"."""
+    return float(text) * 2**20 / 1e6 if text.replace(".", "", 1).isdigit() else None
+
+
+def nvidia_smi(*query: str) -> list[list[str]]:
+    """The rows of its answer; none where it is missing or fails."""
+    command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [[field.strip() for field in line.split(",")] for line in lines if line.strip()]
 
 
 def versions(*packages: str) -> dict[str, str]:

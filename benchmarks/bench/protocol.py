@@ -36,10 +36,13 @@ class Painter(Protocol):
 
 
 class Clocked:
-    """A network whose calls, and calls of its `decode`, add their wall time to `seconds[name]`; else it is the same."""
+    """A network whose calls, and calls of its `decode`, add their wall time to `seconds[name]`; else it is the same.
 
-    def __init__(self, inner: Any, name: str, seconds: Seconds) -> None:
-        self._inner, self._name, self._seconds = inner, name, seconds
+    wait: called before the clock is read, for devices whose calls return before they are done.
+    """
+
+    def __init__(self, inner: Any, name: str, seconds: Seconds, wait: Callable[[], object] | None = None) -> None:
+        self._inner, self._name, self._seconds, self._wait = inner, name, seconds, wait
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         """The network's."""
@@ -58,6 +61,8 @@ class Clocked:
     def _clock(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
+        if self._wait is not None:
+            self._wait()
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - began
 
 

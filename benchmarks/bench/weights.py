@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from benchmarks.sampling import Parts
 
 
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+"""torch's names of the precisions that torch's pipelines are measured in."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Places:
     """Where the base, another UNet or VAE, and the LoRAs are now, if the manifest's own words do not lead there."""
@@ -108,14 +112,15 @@ def latent_size(manifest: Manifest) -> tuple[int, int] | None:
     return None if shapes is None else (int(shapes["latent_height"]), int(shapes["latent_width"]))
 
 
-def torch_parts(bundle: Path, source: Source) -> "Parts":
-    """The pipeline of a bundle in torch, float32, with its LoRAs fused, at the bundle's size and with its tokenizer."""
+def torch_parts(bundle: Path, source: Source, *, precision: str = "fp32", device: str = "cpu") -> "Parts":
+    """The pipeline of a bundle in torch, with its LoRAs fused, at the bundle's size and with its tokenizer."""
     import torch
     from transformers import CLIPTokenizer
 
     from benchmarks.sampling import Parts
 
-    unet, vae, text_encoder = (source.load(name, torch.float32)[0] for name in ("unet", "vae", "text_encoder"))
+    dtype = getattr(torch, DTYPES[precision])
+    unet, vae, text_encoder = (source.load(name, dtype)[0].to(device) for name in ("unet", "vae", "text_encoder"))
     tokenizer = CLIPTokenizer.from_pretrained(bundle / "tokenizer")
     return Parts(unet, vae, text_encoder, tokenizer, latents=latent_size(read_manifest(bundle)))
 

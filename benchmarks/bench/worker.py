@@ -12,14 +12,15 @@ from typing import Any
 
 from benchmarks.bench.machine import versions
 from benchmarks.bench.protocol import Clocked, Painter, Seconds, serve
-from benchmarks.bench.weights import Places, source_of, torch_parts
+from benchmarks.bench.weights import DTYPES, Places, source_of, torch_parts
 from hypersd_export.diffusion import FewStepPlan
+from hypersd_export.errors import MissingBackend
 
 Drawn = tuple[Mapping[str, float], Any]
 
 
 class BundlePainter:
-    """A bundle in this project's torch-free runtime; bundle, runtime, provider, steps, threads, prompt."""
+    """A bundle in this project's torch-free runtime; bundle, runtime, provider, steps, threads, prompt, cuda_graph."""
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         self._request = request
@@ -33,6 +34,7 @@ class BundlePainter:
         pipeline = Pipeline.from_bundle(
             asked["bundle"], runtime=asked["runtime"], provider=asked["provider"],
             threads=asked["threads"] if asked["runtime"] in (None, "onnx") else None,
+            cuda_graph=asked["cuda_graph"],
         )  # fmt: skip
         graphs = ("text_encoder", "unet", "vae_decoder")
         for graph in () if pipeline.is_single_graph else graphs:
@@ -50,7 +52,8 @@ class BundlePainter:
 
 
 class TorchPainter:
-    """A bundle's weights in torch, eager or compiled, by a plan; bundle, places, loras, plan, threads, prompt."""
+    """A bundle's weights in torch, eager or compiled, by a plan; bundle, places, loras, plan, threads, prompt, device,
+    precision."""
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         self._request, self._seconds = request, Seconds()
@@ -65,16 +68,20 @@ class TorchPainter:
 
         bundle, compiled = Path(self._request["bundle"]), self._request["kind"] == "compile"
         torch.set_num_threads(self._request["threads"])
-        places = Places.from_json(self._request["places"])
-        parts = torch_parts(bundle, source_of(bundle, places, loras=self._request["loras"]))
+        places, device = Places.from_json(self._request["places"]), self._request["device"]
+        if device == "cuda" and not torch.cuda.is_available():
+            raise MissingBackend("a torch built for CUDA", "bench", "torch on the GPU")
+        source = source_of(bundle, places, loras=self._request["loras"])
+        parts = torch_parts(bundle, source, precision=self._request["precision"], device=device)
         unet, vae = parts.unet, parts.vae
         if compiled:
             unet = torch.compile(unet)
             vae.decode = torch.compile(vae.decode)
         timed = ((parts.text_encoder, "text_encoder"), (unet, "unet"), (vae, "vae_decoder"))
-        text_encoder, unet, vae = (Clocked(inner, name, self._seconds) for inner, name in timed)
+        wait = torch.cuda.synchronize if device == "cuda" else None  # CUDA's calls return before they are done
+        text_encoder, unet, vae = (Clocked(inner, name, self._seconds, wait=wait) for inner, name in timed)
         self._parts = Parts(unet, vae, text_encoder, parts.tokenizer, latents=parts.latents)
-        return {"provider": "cpu", "versions": versions("torch", "diffusers", "transformers")}
+        return {"provider": device, "versions": versions("torch", "diffusers", "transformers")}
 
     def draw(self, seed: int, images: int) -> Drawn:
         """See `Painter`; picture i is that of seed + i."""
@@ -82,16 +89,18 @@ class TorchPainter:
 
         self._seconds.clear()
         pictures = self._parts.draw([self._request["prompt"]] * images, self._plan, first_seed=seed)
-        return self._seconds, to_uint8(pictures).permute(0, 2, 3, 1).numpy()
+        return self._seconds, to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
 
 
 class Speed:
-    """What the machine can do, in the same rounds as everyone: a float32 matrix product, and a copy in memory."""
+    """What the machine can do, in the same rounds as everyone: a matrix product in `precision`, and a copy."""
 
-    SIDE, COPY_BYTES = 1024, 128 * 2**20
+    SIDE, COPY_BYTES = {"cpu": 1024, "cuda": 8192}, {"cpu": 128 * 2**20, "cuda": 2**30}
 
     def __init__(self, request: Mapping[str, Any]) -> None:
-        self._threads = int(request["threads"])
+        self._threads, self._device = int(request["threads"]), str(request["device"])
+        self._precision = str(request["precision"])
+        self._side, self._copy_bytes = self.SIDE[self._device], self.COPY_BYTES[self._device]
         self._arrays: Any = None
 
     def load(self) -> Mapping[str, Any]:
@@ -99,11 +108,13 @@ class Speed:
         import torch
 
         torch.set_num_threads(self._threads)
-        generator = torch.Generator().manual_seed(0)
-        a, b = (torch.randn(self.SIDE, self.SIDE, generator=generator) for _ in range(2))
-        self._arrays = a, b, torch.empty_like(a), torch.ones(self.COPY_BYTES // 4), torch.empty(self.COPY_BYTES // 4)
-        facts = {"side": self.SIDE, "gemm_flop": 2 * self.SIDE**3, "copy_bytes": 2 * self.COPY_BYTES}
-        return {**facts, "versions": versions("torch")}
+        side, device, floats = self._side, self._device, self._copy_bytes // 4
+        generator, dtype = torch.Generator().manual_seed(0), getattr(torch, DTYPES[self._precision])
+        a, b = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
+        ones = torch.ones(floats, device=device)
+        self._arrays = a, b, torch.empty_like(a), ones, torch.empty_like(ones)
+        facts = {"side": side, "gemm_flop": 2 * side**3, "copy_bytes": 2 * self._copy_bytes, "device": device}
+        return {**facts, "precision": self._precision, "versions": versions("torch")}
 
     def draw(self, seed: int, images: int) -> Drawn:
         """Seconds of one product, SIDE x SIDE, and of one copy, COPY_BYTES read and as many written; no pictures."""
@@ -111,10 +122,13 @@ class Speed:
 
         del seed, images
         a, b, product, source, target = self._arrays
+        wait: Callable[[], object] = torch.cuda.synchronize if self._device == "cuda" else lambda: None
         marks = [time.perf_counter()]
         torch.mm(a, b, out=product)
+        wait()
         marks.append(time.perf_counter())
         target.copy_(source)
+        wait()
         marks.append(time.perf_counter())
         return {"gemm": marks[1] - marks[0], "copy": marks[2] - marks[1]}, []
 

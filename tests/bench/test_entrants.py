@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.bench import peers, weights
-from benchmarks.bench.entrants import Versus, bundle_entrant, golden_prompt, open_bundles
+from benchmarks.bench.entrants import Versus, bundle_entrant, golden_prompt, open_bundles, speed_entrant
 from benchmarks.bench.weights import Places, find_loras, latent_size, plan_of, teacher_plan
-from benchmarks.bench.worker import BundlePainter
+from benchmarks.bench.worker import BundlePainter, TorchPainter
 from hypersd_export.builtin import card
 from hypersd_export.bundle.cache import StageCache
 from hypersd_export.bundle.manifest import read_manifest
-from hypersd_export.errors import BundleError, OptionError
+from hypersd_export.errors import BundleError, MissingBackend, OptionError
 from hypersd_export.model.families import Family
 from hypersd_export.verify.source import SourceRequest, open_source
 from tests.bundles import CFG_PLANS, PLAIN_PLANS, make_bundle
@@ -62,6 +62,33 @@ def test_a_bundle_draws_as_its_pipeline_does(bundle):
     seconds, images = painter.draw(3, 2)
     assert set(seconds) == {"text_encoder", "unet", "vae_decoder"}
     assert [image.size for image in images] == [(12, 8)] * 2
+
+
+def test_on_a_gpu_torch_is_measured_there_in_the_graphs_precision(bundle, tmp_path, monkeypatch):
+    """The same weights on the same device; on the CPU, whose fp16 is emulated, torch stays float32."""
+    (opened,) = open_bundles([bundle])
+    assert (opened.device, opened.torch_precision) == ("cpu", "fp32")
+    targets = {"onnx": {**opened.manifest.targets["onnx"], "precision": "fp16"}}
+    half = replace(opened, manifest=replace(opened.manifest, targets=targets))
+    assert (half.device, half.torch_precision) == ("cpu", "fp32")
+    on_gpu = replace(half, provider="cuda")
+    assert (on_gpu.device, on_gpu.torch_precision) == ("cuda", "fp16")
+    assert replace(opened, provider="cuda").torch_precision == "fp32"
+    captured = bundle_entrant(on_gpu, prompt="p", threads=1, cuda_graph=True)
+    assert captured.name == f"{opened.name}, CUDA graph"
+    assert json.loads(captured.command[-1])["cuda_graph"] is True
+    assert json.loads(bundle_entrant(on_gpu, prompt="p", threads=1).command[-1])["cuda_graph"] is False
+    request = json.loads(speed_entrant(1, device=on_gpu.device, precision=on_gpu.torch_precision).command[-1])
+    assert (request["device"], request["precision"]) == ("cuda", "fp16")
+    made = Versus(first=on_gpu, prompt="p", threads=1, places=Places(), cache=StageCache(tmp_path), tell=print)
+    monkeypatch.setattr("benchmarks.bench.entrants.source_of", lambda *_, **__: None)
+    monkeypatch.setattr("benchmarks.bench.entrants.weights_mb", lambda source: 1.0)
+    entrant = made.entrant("torch")
+    request = json.loads(entrant.command[-1])
+    assert (request["device"], request["precision"], entrant.facts["precision"]) == ("cuda", "fp16", "fp16")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MissingBackend, match="a torch built for CUDA"):
+        TorchPainter(request).load()
 
 
 def test_core_ml_is_not_timed_here(bundle):

@@ -4,13 +4,14 @@ import json
 import sys
 
 import numpy as np
+import psutil
 import pytest
 
 from benchmarks.bench import figures, latency
 from benchmarks.bench.entrants import Entrant
 from benchmarks.bench.latency import Options, Times, race
 from benchmarks.bench.layout import latency_table, not_run_table
-from benchmarks.bench.machine import Energy, clocks, cpu_name, describe
+from benchmarks.bench.machine import Energy, clocks, cpu_name, describe, gpu, gpu_memory_mb
 from benchmarks.bench.tables import interval, number
 from benchmarks.bench.work import count, roofline
 from hypersd_export.errors import OptionError
@@ -109,7 +110,8 @@ def test_pictures_are_compared_where_they_are_of_one_size():
 
 
 def test_the_share_of_the_peak():
-    speed = Times(facts={"gemm_flop": 2e9, "copy_bytes": 4e8, "side": 1000})
+    facts = {"gemm_flop": 2e9, "copy_bytes": 4e8, "side": 1000, "device": "cpu", "precision": "fp32"}
+    speed = Times(facts=facts)
     speed.parts_s = {"gemm": [0.02, 0.01, 0.04], "copy": [0.1, 0.1, 0.1]}
     peak = figures.peak_of(speed, Options(threads=2))
     assert (peak["gemm_gflop_per_s"], peak["best_gemm_gflop_per_s"], peak["copy_gb_per_s"]) == (100.0, 200.0, 4.0)
@@ -204,6 +206,47 @@ def test_the_machine_is_described(tmp_path):
     assert (described["threads"], described["versions"]["numpy"]) == (3, np.__version__)
     assert described["cores"] >= described["usable_cores"] >= 1
     json.dumps(described, allow_nan=False)
+
+
+SMI = """#!/bin/sh
+case "$1" in
+  --query-gpu*) echo "NVIDIA H100 80GB HBM3, 580.159.04, 81559" ;;
+  *) printf '%s\\n' "77, 512" "78, [N/A]" ;;
+esac
+"""
+
+
+def test_what_nvidia_smi_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (gpu(), gpu_memory_mb()) == (None, {})
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI)
+    tool.chmod(0o755)
+    assert gpu() == {"name": "NVIDIA H100 80GB HBM3", "driver": "580.159.04", "memory_mb": 81559 * 2**20 / 1e6}
+    assert gpu_memory_mb() == {77: 512 * 2**20 / 1e6}
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert (gpu(), gpu_memory_mb()) == (None, {})
+
+
+def test_what_is_held_of_the_gpu_is_the_most_of_all_sessions(monkeypatch):
+    monkeypatch.setattr(latency, "PAUSE_S", 0.0)
+    held = iter([300.0, 200.0])
+
+    def of_all():
+        children = psutil.Process().children()
+        return {1: 5.0, children[0].pid: next(held)}
+
+    monkeypatch.setattr(latency, "gpu_memory_mb", of_all)
+    times = race([fake("a")], Options(rounds=2, sessions=2, warmup=0, timeout=60), NO_ENERGY, tell=list)
+    assert times["a"].vram_mb == 300.0
+    report = figures.report(
+        [fake("a")], times, Options(rounds=2, sessions=2), speed=None, work={}, energy=NO_ENERGY, machine={},
+        prompt="p", command=["x"],
+    )  # fmt: skip
+    (row,) = report["entrants"]
+    assert row["vram_mb"] == 300.0
+    table = latency_table({"latency": report})
+    assert table.rows[0][table.head.index("VRAM MB")] == "300"
 
 
 def test_numbers_as_text():

@@ -76,6 +76,9 @@ def test_a_clocked_network_is_the_same_but_for_its_time():
     first = seconds["unet"]
     network(1, scale=1)
     assert seconds["unet"] > first > 0
+    waits = []
+    Clocked(Network(), "unet", seconds, wait=lambda: waits.append(seconds["unet"]))(1, scale=1)
+    assert waits == [seconds["unet"]] or waits[0] < seconds["unet"]  # before the clock is read
 
 
 def test_peak_memory_is_the_programs_own(tmp_path):

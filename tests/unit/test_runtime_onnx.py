@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from hypersd_export.errors import BundleError, MissingBackend, OptionError
-from hypersd_export.runtime.onnx import PROVIDERS, OnnxRuntime, open_graph, resolve_provider
+from hypersd_export.runtime.onnx import OPTIONS, PROVIDERS, OnnxRuntime, open_graph, resolve_provider
 from hypersd_export.runtime.onnx_binding import can_bind
 from tests.bundles import CHANNELS, HEIGHT, TOKENS, WIDTH, write_text_encoder, write_unet
 
@@ -90,7 +90,27 @@ def test_a_provider_that_does_not_start_is_an_error(unet: Path, monkeypatch: pyt
     monkeypatch.setattr(onnxruntime, "InferenceSession", without_cuda)
     with pytest.raises(OptionError, match="provider 'cuda' does not start on this machine"):
         open_graph(unet / "unet" / "model.onnx", provider="cuda")
-    assert seen == [([PROVIDERS["cuda"]], {"enable_fallback": 0})]
+    assert seen == [([(PROVIDERS["cuda"], OPTIONS[PROVIDERS["cuda"]])], {"enable_fallback": 0})]
+    assert OPTIONS[PROVIDERS["cuda"]]["use_tf32"] == "0"
+
+
+def test_cudas_libraries_are_loaded_from_their_packages(
+    unet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For CUDA alone, and what onnxruntime prints about those it does not find stays out of our output."""
+    calls: list[str] = []
+
+    def preload() -> None:
+        print("Failed to load libcublas.so")
+        calls.append("preload")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    open_graph(unet / "unet" / "model.onnx")
+    assert calls == []
+    monkeypatch.setattr("hypersd_export.runtime.onnx.resolve_provider", lambda name: "CPUExecutionProvider")
+    open_graph(unet / "unet" / "model.onnx", provider="cuda")
+    assert calls == ["preload"]
+    assert capsys.readouterr().out == ""
 
 
 def test_threads_do_not_spin(unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +236,7 @@ def test_cuda_graphs_are_cudas(unet: Path, monkeypatch: pytest.MonkeyPatch) -> N
     runtime = OnnxRuntime(path=unet, provider="cuda", cuda_graph=True)
     runtime.graph("unet")
     runtime.graph("half")
-    assert seen == [[("CPUExecutionProvider", {"enable_cuda_graph": "1"})], ["CPUExecutionProvider"]]
+    assert seen == [[("CPUExecutionProvider", {"enable_cuda_graph": "1"})], [("CPUExecutionProvider", {})]]
     (unet / "pipeline.onnx").touch()
     with pytest.raises(OptionError, match="cannot capture this bundle's Loop"):
         OnnxRuntime(path=unet, provider="cuda", cuda_graph=True)

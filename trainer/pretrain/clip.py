@@ -94,6 +94,6 @@ def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def embed_captions(text_encoder: Any, tokenizer: Any, captions: list[str]) -> torch.Tensor:
-    """last_hidden_state of every caption: float32 [N, max_length, hidden]."""
-    ids = tokenize(tokenizer, captions)
+    """last_hidden_state of every caption: [N, max_length, hidden], on the encoder's device and in its dtype."""
+    ids = tokenize(tokenizer, captions).to(text_encoder.device)
     return torch.cat([text_encoder(part)[0] for part in torch.split(ids, 256)])
