@@ -84,6 +84,7 @@ def write_card(
         "width": job.shapes.width,
         "height": job.shapes.height,
         "batch": job.shapes.batch,
+        "span": None if job.span is None else job.span.to_json(),
         "targets": {name: {**target, "fp32_nodes": fp32_nodes(target)} for name, target in targets.items()},
         "entries": job.plans.to_json()["entries"],
         "scheduler": call.class_name,

@@ -18,6 +18,7 @@ from typing import Any
 from hypersd_export.bundle.cache import Stage
 from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.clock import Clock
+from hypersd_export.graphs.span import free_axes, traced_with
 from hypersd_export.graphs.spec import Component
 from hypersd_export.job import Job, code_digests, tool_versions
 from hypersd_export.runtime.ports import Ports
@@ -235,7 +236,11 @@ def build_component(job: Job, component: Component, precision: str, folder: Path
         onnx_fp16.check_weights(module.half(), component)
     guidance = job.embedded_guidance if component is Component.UNET else None
     config = component_config(component, module, job.shapes) | job.source.base.marks(component.source)
-    graph = build_graph(component, module, job.shapes, embedded_guidance=guidance)
+    shapes, axes = job.shapes, {}
+    if job.span is not None:
+        shapes, axes = traced_with(job.span, job.shapes), free_axes(job.span, component, job.shapes)
+    graph = build_graph(component, module, shapes, embedded_guidance=guidance)
+    graph = dataclasses.replace(graph, axes=axes)
     build = onnx_fp16.build if half else onnx.build
     built = build(graph, folder, opset=job.spec.opset)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 from hypersd_export import __version__
 from hypersd_export.bundle.cache import StageCache, default_cache_dir
 from hypersd_export.bundle.digest import digest_tree, sha256_file
+from hypersd_export.bundle.span import Span
 from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.diffusion import LORA_METADATA_KEY, GuidanceKind, PlanFile
 from hypersd_export.diffusion.apple import APPLE_DPMPP, MAX_EXACT_STEPS, apple_timesteps, plays_exactly
 from hypersd_export.errors import MissingBackend, OptionError, PlanError
-from hypersd_export.graphs.spec import Component, Shapes, resolve_shapes
+from hypersd_export.graphs.spec import Component, Shapes, resolve_shapes, size_unit
 from hypersd_export.model.files import public_name
 from hypersd_export.model.tokenizer import empty_prompt
 from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, describe, lora_origin
 from hypersd_export.refit import check_same_base
-from hypersd_export.spec import BUILTIN, ExportSpec, PlanFlags
+from hypersd_export.spec import BUILTIN, DynamicFlags, ExportSpec, PlanFlags
 from hypersd_export.targets import Target
 from hypersd_export.verify.source import Source, SourceRequest, open_source
 
@@ -45,6 +46,8 @@ class Job:
     source: Source
     plans: PlanFile
     shapes: Shapes
+    span: Span | None
+    """The range of shapes that the graphs take; None where they take `shapes` alone."""
     prompt: str
     cache: StageCache
     engines: "tuple[EngineOptions, str] | None" = None
@@ -123,6 +126,7 @@ class Job:
             "base": self.source.base.digest,
             "loras": [{"digest": lora.digest, "scale": scale} for lora, scale in loras],
             "shapes": {name: value for name, value in shapes.items() if name not in unused},
+            "span": None if self.span is None else self.span.to_json(),
             "embedded_guidance": self.embedded_guidance if component is Component.UNET else None,
             "precision": precision or self.spec.precision_of(target),
             "opset": self.spec.opset,
@@ -138,6 +142,7 @@ class Job:
             "source": self.source.digests,
             "plans": self.plans.to_json(),
             "shapes": self.shapes.to_json(),
+            "span": None if self.span is None else self.span.to_json(),
             "prompt": self.prompt,
             "seed": GOLDEN_SEED,
             "precision": precision,
@@ -174,6 +179,7 @@ class Job:
         options["precision"] = {target.value: self.spec.precision_of(target) for target in self.spec.targets}
         options["loras"] = [f"{lora.path.name}:{scale:g}" for lora, scale in self.source.loras]
         options |= {"width": self.shapes.width, "height": self.shapes.height, "shapes": self.shapes.to_json()}
+        options["span"] = None if self.span is None else self.span.to_json()
         return options
 
 
@@ -214,16 +220,42 @@ def open_job(spec: ExportSpec) -> Job:
     if spec.coreml.layout == "apple":
         check_apple_plays(plans, approximate=spec.coreml.approximate)
     cfg = any(entry.plan.guidance.kind is GuidanceKind.CFG for entry in plans.entries)
+    shapes = resolve_shapes(configs, tokens=base.tokenizer.max_length, batch=spec.batch, cfg=cfg, size=spec.size)
     return Job(
         spec=spec,
         request=request,
         source=source,
         plans=plans,
-        shapes=resolve_shapes(configs, tokens=base.tokenizer.max_length, batch=spec.batch, cfg=cfg, size=spec.size),
+        shapes=shapes,
+        span=resolve_span(spec.dynamic, shapes, size_unit(configs["unet"], configs["vae"])),
         prompt=str((card or {}).get("prompt", PROMPT)),
         cache=StageCache(spec.cache_dir or default_cache_dir()),
         engines=engines,
     )
+
+
+def resolve_span(flags: DynamicFlags, shapes: Shapes, unit: int) -> Span | None:
+    """The range that was asked for around the `shapes` of the export; None where nothing was.
+
+    Raises `OptionError` for a size that VAE and UNet cannot divide (`unit`), or a range that does not hold `shapes`.
+    """
+    if flags == DynamicFlags():
+        return None
+    least, most = flags.size or ((shapes.width, shapes.height),) * 2
+    for width, height in (least, most):
+        if width % unit or height % unit:
+            raise OptionError(f"--dynamic size: {width}x{height} is not a multiple of {unit} pixels on both sides")
+    span = Span(
+        batch=flags.batch or (shapes.batch,) * 2, width=(least[0], most[0]), height=(least[1], most[1]), unit=unit
+    )  # fmt: skip
+    for name, option in (("batch", "batch"), ("width", "size"), ("height", "size")):
+        value, (low, high) = getattr(shapes, name), getattr(span, name)
+        if not low <= value <= high:
+            raise OptionError(
+                f"--dynamic {option}: {name} from {low} to {high} does not hold the export's own {value}: give "
+                f"--{option} inside it"
+            )
+    return span
 
 
 def check_backends(spec: ExportSpec) -> None:

@@ -14,6 +14,7 @@ from hypersd_export.build import Artifacts, Built
 from hypersd_export.bundle.manifest import NOT_VERIFIED, bundle_digest, read_manifest, verify_files
 from hypersd_export.clock import Clock
 from hypersd_export.errors import OptionError
+from hypersd_export.graphs.span import corners
 from hypersd_export.job import GOLDEN_SEED, Job
 from hypersd_export.runtime.folder import Folder
 from hypersd_export.runtime.pipeline import Pipeline
@@ -101,6 +102,7 @@ def verify_one(
                 target=Target.COREML if artifacts.target is Target.COREML else Target.ONNX,
                 ports=artifacts.ports,
                 lossy=artifacts.compression is not None,
+                corners=() if job.span is None else corners(job.span, job.shapes),
             )
             parity = run_verification(request, progress=clock.reporter.detail, isolate=isolate)
         (folder / "parity.json").write_text(json.dumps(parity), encoding="utf-8")

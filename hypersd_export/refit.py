@@ -11,7 +11,7 @@ from typing import Any
 
 from hypersd_export.bundle.manifest import Manifest, read_manifest
 from hypersd_export.errors import BundleError, OptionError
-from hypersd_export.spec import CoreMLFlags, EngineFlags, ExportSpec, PlanFlags
+from hypersd_export.spec import CoreMLFlags, DynamicFlags, EngineFlags, ExportSpec, PlanFlags
 from hypersd_export.targets import PRECISIONS, Target
 
 
@@ -77,12 +77,22 @@ def _options(manifest: Manifest) -> dict[str, Any]:
         "precision": _precision(options["precision"]),
         "quantize": options.get("quantize"),
         "size": None if options["size"] is None else tuple(options["size"]),
+        "dynamic": _dynamic(options.get("dynamic") or {}),
     }
     if Target.TENSORRT in targets:
         found["engines"] = _engine_flags(manifest.targets[Target.TENSORRT.value])
     if Target.COREML in targets:
         found["coreml"] = CoreMLFlags(**options["coreml"])
     return found
+
+
+def _dynamic(found: Mapping[str, Any]) -> DynamicFlags:
+    """The `--dynamic` of a manifest; a bundle from before there was any has none."""
+    batch, size = found.get("batch"), found.get("size")
+    return DynamicFlags(
+        batch=None if batch is None else (batch[0], batch[1]),
+        size=None if size is None else (tuple(size[0]), tuple(size[1])),
+    )
 
 
 def _precision(found: str | Mapping[str, str]) -> str | None:

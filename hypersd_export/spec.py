@@ -73,6 +73,15 @@ class CoreMLFlags:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DynamicFlags:
+    """Which shapes of the ONNX graphs are free: images at once (least, most), and sizes in pixels ((width, height) of
+    the least, of the most); None for what is fixed."""
+
+    batch: tuple[int, int] | None = None
+    size: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportSpec:
     """Every option of `hypersd-export`, parsed. `loras` None means the base's own default, () means none.
 
@@ -90,6 +99,7 @@ class ExportSpec:
     precision: str | None = None
     batch: int = 1
     size: tuple[int, int] | None = None
+    dynamic: DynamicFlags = dataclasses.field(default_factory=DynamicFlags)
     provider: str = "cpu"
     single_graph: bool = False
     unroll: bool = False
@@ -113,6 +123,7 @@ class ExportSpec:
             raise OptionError(f"--batch {self.batch}: from 1 to {MAX_BATCH}")
         if self.size is not None and not all(0 < side <= MAX_SIDE for side in self.size):
             raise OptionError(f"--size {self.size[0]}x{self.size[1]}: each side from 1 to {MAX_SIDE} pixels")
+        _check_dynamic(self)
         if self.single_graph and len(self.plan.steps or ()) > 1:
             listed = ",".join(map(str, self.plan.steps or ()))
             raise OptionError(f"--single-graph with --steps {listed}: a graph holds one schedule; give one count")
@@ -172,6 +183,26 @@ def _check_coreml(spec: ExportSpec) -> None:
         raise OptionError("--allow-approximate-schedule: it is about --layout apple; give both, or leave it away")
 
 
+def _check_dynamic(spec: ExportSpec) -> None:
+    if spec.dynamic == DynamicFlags():
+        return
+    if spec.targets != (Target.ONNX,):
+        raise OptionError("--dynamic: engines and Core ML packages are of one shape; give it with --target onnx alone")
+    if spec.single_graph:
+        raise OptionError("--dynamic with --single-graph: the graph of a loop is of one shape; give one of both")
+    batch, size = spec.dynamic.batch, spec.dynamic.size
+    if batch is not None and not 1 <= batch[0] <= batch[1] <= MAX_BATCH:
+        raise OptionError(f"--dynamic batch={batch[0]}:{batch[1]}: the least first, from 1 to {MAX_BATCH}")
+    if size is None:
+        return
+    (width, height), (most_width, most_height) = size
+    if not (0 < width <= most_width <= MAX_SIDE and 0 < height <= most_height <= MAX_SIDE):
+        raise OptionError(
+            f"--dynamic size={width}x{height}:{most_width}x{most_height}: the least first, each side from 1 to "
+            f"{MAX_SIDE} pixels"
+        )
+
+
 def _check_plan_flags(plan: PlanFlags) -> None:
     for steps in plan.steps or ():
         if not 1 <= steps <= MAX_STEPS:
@@ -211,6 +242,26 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if match is None:
         raise OptionError(f"--size {text}: give WIDTHxHEIGHT in pixels, such as 512x512")
     return int(match[1]), int(match[2])
+
+
+def parse_dynamic(texts: list[str] | None) -> DynamicFlags:
+    """The `--dynamic` values: batch=LEAST:MOST and size=WxH:WxH, each at most once."""
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        least, _, most = value.partition(":")
+        if name in found:
+            raise OptionError(f"--dynamic {text}: {name} is there twice")
+        try:
+            if name == "batch":
+                found[name] = int(least), int(most)
+            elif name == "size":
+                found[name] = parse_size(least), parse_size(most)
+        except (ValueError, OptionError):
+            name = ""
+        if name not in found:
+            raise OptionError(f"--dynamic {text}: give batch=LEAST:MOST or size=WxH:WxH, such as size=256x256:768x768")
+    return DynamicFlags(**found)
 
 
 def parse_loras(texts: list[str] | None) -> tuple[str, ...] | None:

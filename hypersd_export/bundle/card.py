@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hypersd_export.bundle.span import Span
+
 _TEMPLATE = """\
 ---
 {front_matter}
@@ -161,7 +163,11 @@ def _facts(card: Mapping[str, Any]) -> str:
         rows.append(("LoRA", f"{lora['file']} at scale {lora['scale']:g}, sha256 `{lora['digest'][:16]}…`"))
     if not card["loras"]:
         rows.append(("LoRA", "none"))
-    rows.append(("Picture", f"{card['width']} x {card['height']} px, {card['batch']} at a time"))
+    said = f"{card['width']} x {card['height']} px, {card['batch']} at a time"
+    if card.get("span") is not None:
+        span = Span.from_json(card["span"])
+        said += f"; {span.sizes()} px, {span.batch[0]} to {span.batch[1]} at a time"
+    rows.append(("Picture", said))
     for name, target in card["targets"].items():
         said = {key: target[key] for key in ("precision", "opset", "flavour", "weights", "attention") if key in target}
         rows.append(("Target", f"{name}: " + ", ".join(f"{key} {value}" for key, value in said.items())))
@@ -297,6 +303,7 @@ def model_card(card: Mapping[str, Any]) -> str:
             base: {name, family, digest, hub_id (optional)}
             loras: [{file, scale, digest}]
             width, height, batch: the picture in pixels, and how many the graphs make at a time
+            span: the range of both that the graphs take, or None
             targets: {"onnx": {"precision": …, "opset": …}}, with `fp32_nodes` by component where ops of an fp16 target
                 are in float32, of engines `flavour`, `version`, `capabilities`, `weights` and `engines`, and of Core ML
                 `deployment_target`, `layout`, `attention` and `components`

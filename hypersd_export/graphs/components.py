@@ -66,7 +66,7 @@ def hidden_outputs(text_encoder: Module) -> tuple[str, ...]:
 
 
 class UNetGraph(torch.nn.Module):
-    """UNet2DConditionModel; a guidance embedding (LCM's `timestep_cond`) is a constant of the graph."""
+    """UNet2DConditionModel; a guidance embedding (LCM's `timestep_cond`), [1, D], is a constant of the graph."""
 
     timestep_cond: torch.Tensor | None
 
@@ -211,9 +211,7 @@ def _unet(module: Module, shapes: Shapes, generator: torch.Generator, guidance: 
     dtype = next(module.parameters()).dtype
     rows = shapes.unet_batch
     width = module.config.get("time_cond_proj_dim")
-    condition = (
-        None if guidance is None else guidance_embedding(guidance, int(width)).to(dtype).expand(rows, -1).contiguous()
-    )
+    condition = None if guidance is None else guidance_embedding(guidance, int(width)).to(dtype)
     latents = torch.randn(
         (rows, shapes.channels, shapes.latent_height, shapes.latent_width), generator=generator, dtype=torch.float32
     )

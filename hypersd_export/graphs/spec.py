@@ -1,7 +1,7 @@
 """What a graph is: a module, seeded sample inputs and output names; and the shapes of a pipeline. No torch here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,33 @@ class Component(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """A free axis of a graph's input: `multiple` times a whole number from `low` to `high`; axes of one name go
+    together."""
+
+    name: str
+    low: int
+    high: int
+    multiple: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Graph:
-    """A module to export, the seeded sample inputs by name in call order, and the names of its outputs."""
+    """A module to export, the seeded sample inputs by name in call order, and the names of its outputs.
+
+    `axes`: the free ones by input and number; all others are fixed.
+    """
 
     name: str
     module: "torch.nn.Module"
     inputs: "Mapping[str, torch.Tensor]"
     output_names: tuple[str, ...]
+    axes: Mapping[str, Mapping[int, Axis]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
-    """The static shapes of one export.
+    """The shapes of one export: of all its calls, or of its own pictures where `hypersd_export.graphs.span` has more.
 
     `batch` images; `unet_batch` rows in one UNet call (2 x batch with CFG: unconditional rows first, then conditional
     ones); latents [channels, latent_height, latent_width] under a VAE of scale factor `vae_scale`; text states
@@ -74,6 +89,11 @@ class Shapes:
 def vae_scale_factor(vae_config: Mapping[str, Any]) -> int:
     """Pixels per latent cell along one axis: 2^(blocks - 1), as diffusers computes it; 4, 8 and 16 all exist."""
     return 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+
+
+def size_unit(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> int:
+    """Both sides of a picture are multiples of so many pixels."""
+    return vae_scale_factor(vae_config) * unet_down_factor(unet_config)
 
 
 def unet_down_factor(unet_config: Mapping[str, Any]) -> int:

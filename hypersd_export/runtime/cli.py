@@ -45,6 +45,7 @@ class Request:
     out: Path | None
     grid: bool
     enlarge: int
+    size: tuple[int, int] | None = None
     size_hints: "SizeHints | None" = None
 
 
@@ -58,6 +59,10 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Which table of plan.json; the first if not given.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same picture everywhere.")] = 0,
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Of bundles that draw a range of sizes (default: their own).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures at once, of bundles that draw a range of them.")] = None,
     init_image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far to leave --init-image, 0 to 1; 0.6.")] = None,
     original_size: Annotated[
@@ -101,15 +106,19 @@ def generate(
             request = Request(
                 prompts=prompts, negative_prompt=negative_prompt, guidance=guidance, steps=steps, seed=seed,
                 num_images=num_images, init_image=init_image, strength=strength, out=out, grid=grid, enlarge=enlarge,
-                size_hints=_size_hints(original_size, crop, target_size),
+                size=_pair("--size", size, "x"), size_hints=_size_hints(original_size, crop, target_size),
             )  # fmt: skip
             check_out(request)
         from hypersd_export.runtime.pipeline import Pipeline
 
         pipeline = Pipeline.from_bundle(
             bundle, runtime=runtime, provider=provider, check=check, threads=threads, function=function,
-            cuda_graph=cuda_graph,
+            cuda_graph=cuda_graph, batch=batch,
         )  # fmt: skip
+        if batch is not None and pipeline.span is None:
+            raise OptionError(
+                f"--batch {batch}: this bundle draws as many at once as it was exported for; leave it away"
+            )
         opened = time.perf_counter() - began
         if golden:
             _golden(pipeline, as_json)
@@ -251,6 +260,7 @@ def _generate(pipeline: "Pipeline", request: Request, as_json: bool, opened: flo
                 num_images=request.num_images,
                 init_image=init,
                 strength=0.6 if request.strength is None else request.strength,
+                size=request.size,
                 size_hints=request.size_hints,
             )
             results.append(result)

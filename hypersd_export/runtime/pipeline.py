@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hypersd_export.bundle.manifest import bundle_digest, read_manifest, verify_files
+from hypersd_export.bundle.manifest import Manifest, bundle_digest, read_manifest, verify_files
 from hypersd_export.bundle.publish import recover
+from hypersd_export.bundle.span import Span
 from hypersd_export.diffusion.noise import initial_noise, step_noise
 from hypersd_export.diffusion.plan import Guidance, GuidanceKind
 from hypersd_export.diffusion.planfile import PlanEntry, PlanFile
@@ -61,6 +62,8 @@ class Pipeline:
     runtime: Runtime
     batch: int = 1
     """Images at once where the graphs leave that open."""
+    span: Span | None = None
+    """The range of shapes that the graphs take; None where they are of one shape."""
     function: str | None = None
     """Which one, where packages have several; None is the default."""
     _texts: TextEncoders | None = None
@@ -75,7 +78,7 @@ class Pipeline:
         provider: str | None = None,
         check: bool = True,
         threads: int | None = None,
-        batch: int = 1,
+        batch: int | None = None,
         function: str | None = None,
         cuda_graph: bool = False,
     ) -> "Pipeline":
@@ -88,7 +91,7 @@ class Pipeline:
                 by another.
             check: compare every file with its sha256 in the manifest first.
             threads: onnxruntime's, for one operator; one per core if None.
-            batch: images at once where the graphs were exported with a free batch size.
+            batch: images at once where the graphs were exported for a range of them; the export's own number if None.
             cuda_graph: with onnxruntime's "cuda", capture the UNet's call once and replay it.
             function: of a bundle that `hypersd-export coreml-merge` made, whose pictures these are; the first if None.
 
@@ -102,14 +105,18 @@ class Pipeline:
         manifest = read_manifest(bundle)
         if check:
             verify_files(bundle, manifest)
-        if batch < 1:
+        span = span_of(manifest)
+        if batch is not None and batch < 1:
             raise OptionError(f"batch {batch}: must be at least 1")
+        if batch is not None and span is not None:
+            span.check_batch(batch)
         opened = open_runtime(
             runtime, bundle, manifest, provider=provider, threads=threads, function=function, cuda_graph=cuda_graph
         )
         plans = Folder(bundle, function).plans()
         return cls(
-            path=bundle, plans=plans, digest=bundle_digest(bundle), runtime=opened, batch=batch, function=function
+            path=bundle, plans=plans, digest=bundle_digest(bundle), runtime=opened, span=span, function=function,
+            batch=batch or int(manifest.options.get("batch") or 1),
         )  # fmt: skip
 
     @property
@@ -156,6 +163,7 @@ class Pipeline:
         init_image: "Image | None" = None,
         strength: float = 0.6,
         noise: Float | None = None,
+        size: tuple[int, int] | None = None,
         size_hints: SizeHints | None = None,
     ) -> Result:
         """Make pictures of one prompt.
@@ -170,6 +178,7 @@ class Pipeline:
             init_image: start from this picture (image-to-image) instead of from noise alone.
             strength: how much of the way is walked from `init_image`: the last ⌊steps * strength⌋ rows.
             noise: standard normal [num_images, C, h, w] in place of the seed's initial noise.
+            size: (width, height) in pixels, where the graphs were exported for a range; the export's own if None.
             size_hints: what SDXL is told of the picture's size; that it is what it is if None.
 
         Raises:
@@ -190,9 +199,9 @@ class Pipeline:
         with self._timed("pipeline" if self.is_single_graph else "text_encoder"):
             ids = [self.texts.ids(text) for text in texts]
         with self._timed("pipeline" if self.is_single_graph else "unet"):  # it is loaded here
-            shape = self.latent_shape
-        time_ids = self.time_ids(size_hints)
-        noise = self._initial_noise(seed, num_images, noise)
+            shape = self.latent_shape if size is None else self._shape_at(size)
+        time_ids = self.time_ids(size_hints, size)
+        noise = self._initial_noise(seed, num_images, noise, shape)
 
         def fresh(stream: int) -> Float:
             return np.stack([step_noise(seed=seed, index=i, step=stream, shape=shape) for i in range(num_images)])
@@ -201,7 +210,8 @@ class Pipeline:
             latents, pixels = self.draw(entry, ids, weight, noise, fresh, time_ids)
         else:
             guide = self._guide(ids, weight, time_ids)
-            x = start_sample(entry.table, start=start, latents=self._image_latents(init_image), noise=noise)
+            clean = self._image_latents(init_image, size or self.size)
+            x = start_sample(entry.table, start=start, latents=clean, noise=noise)
             latents = self.sample(entry, x.astype(np.float32), guide, fresh, start=start)
             pixels = self.decode(latents)
         return Result(
@@ -234,9 +244,9 @@ class Pipeline:
         """Whether the pipeline is one graph here."""
         return self.runtime.is_single_graph
 
-    def time_ids(self, size_hints: SizeHints | None = None) -> Float | None:
-        """What SDXL is told of the picture's size, float32 [1, 6]; None for other families."""
-        return (size_hints or SizeHints()).time_ids(self.size) if self.texts.told_size else None
+    def time_ids(self, size_hints: SizeHints | None = None, size: tuple[int, int] | None = None) -> Float | None:
+        """What SDXL is told of the picture's size (None: the export's own), float32 [1, 6]; None for other families."""
+        return (size_hints or SizeHints()).time_ids(size or self.size) if self.texts.told_size else None
 
     def draw(
         self, entry: PlanEntry, ids: Sequence[Ids], weight: float | None, noise: Float, fresh: StepNoise,
@@ -339,24 +349,37 @@ class Pipeline:
             raise OptionError(f"a negative prompt has no effect: {fixed}, with no unconditional branch; leave it out")
         return None
 
-    def _initial_noise(self, seed: int, num_images: int, given: Float | None) -> Float:
+    def _shape_at(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The latents of a picture of this size; `OptionError` where the graphs do not draw it."""
+        if self.span is None:
+            if size != self.size:
+                own = "x".join(map(str, self.size))
+                raise OptionError(f"size {size[0]}x{size[1]}: this bundle draws {own}; export with --dynamic size=…")
+            return self.latent_shape
+        self.span.check_size(*size)
+        channels, height, _ = self.latent_shape
+        scale = self.size[1] // height
+        return channels, size[1] // scale, size[0] // scale
+
+    def _initial_noise(
+        self, seed: int, num_images: int, given: Float | None, shape: tuple[int, int, int]
+    ) -> Float:  # fmt: skip
         """The caller's noise, checked, or the seed's."""
-        shape = self.latent_shape
         if given is None:
             return np.stack([initial_noise(seed=seed, index=i, shape=shape) for i in range(num_images)])
         if given.shape != (num_images, *shape):
             raise OptionError(f"noise of shape {given.shape}: this bundle wants {(num_images, *shape)}")
         return given.astype(np.float32)
 
-    def _image_latents(self, image: "Image") -> Float:
+    def _image_latents(self, image: "Image", size: tuple[int, int]) -> Float:
         """Latents [1, C, h, w] of a picture: the posterior's mean (diffusers draws from it) times scaling_factor."""
         if not (self.path / "vae_encoder").is_dir():
             raise BundleError(f"{self.path} has no vae_encoder, which image-to-image needs: export the bundle again")
         with self._timed("vae_encoder"):
             graph = self.runtime.graph("vae_encoder")
-            sample = to_sample(image, *self.size)
-            size = graph.inputs["sample"].shape[0] or 1
-            moments = graph.run(sample=np.repeat(sample, size, axis=0))["latent_parameters"][:1]
+            sample = to_sample(image, *size)
+            rows = graph.inputs["sample"].shape[0] or 1
+            moments = graph.run(sample=np.repeat(sample, rows, axis=0))["latent_parameters"][:1]
             mean = moments[:, : moments.shape[1] // 2].astype(np.float32)
             shift = np.float32(self.folder.config("vae_decoder").get("shift_factor") or 0.0)
             latents: Float = (mean - shift) * np.float32(self.folder.value("vae_decoder", "scaling_factor"))
@@ -370,6 +393,12 @@ class Pipeline:
         began = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def span_of(manifest: Manifest) -> Span | None:
+    """The range of shapes that a bundle's graphs take."""
+    found = manifest.options.get("span")
+    return None if found is None else Span.from_json(found)
 
 
 def _denoise(network: Run, x: Float, timestep: npt.NDArray[np.float64], guide: Guide) -> Float:

@@ -1,4 +1,4 @@
-"""ONNX: `build` writes one graph as a checked, cleaned `model.onnx` with static shapes.
+"""ONNX: `build` writes one graph as a checked, cleaned `model.onnx`, with static shapes but for the graph's free axes.
 
 The exporter is torch.onnx's (dynamo). A dynamo graph carries large node metadata and repeats equal initialisers; both
 are removed, and names are kept exactly. Weights stay in the file up to `EXTERNAL_DATA_BYTES` and go into
@@ -87,6 +87,7 @@ def _export(graph: Graph, opset: int) -> "onnx_ir.Model":
             graph.module.eval(),
             tuple(graph.inputs.values()),
             dynamo=True,
+            dynamic_shapes=_dynamic_shapes(graph),
             opset_version=opset,
             input_names=list(graph.inputs),
             output_names=list(graph.output_names),
@@ -94,6 +95,20 @@ def _export(graph: Graph, opset: int) -> "onnx_ir.Model":
         )
     assert program is not None, "the dynamo exporter returns its program"
     return program.model
+
+
+def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any], ...] | None:
+    """The free axes as torch.export wants them, by input; None for a graph that has none."""
+    from torch.export import Dim
+
+    if not graph.axes:
+        return None
+    free = [axis for each in graph.axes.values() for axis in each.values()]
+    dims = {axis.name: Dim(axis.name, min=axis.low, max=axis.high) for axis in free}
+    return tuple(
+        {number: axis.multiple * dims[axis.name] for number, axis in graph.axes.get(name, {}).items()}
+        for name in graph.inputs
+    )
 
 
 @contextmanager
@@ -149,9 +164,9 @@ def _share_initializers(model: "onnx_ir.Model") -> None:
     for value in tuple(graph.initializers.values()):
         if value in outputs:
             continue
-        array = np.ascontiguousarray(value.const_value.numpy())
-        digest = hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest()
-        first = seen.setdefault((value.const_value.dtype, array.shape, digest), value)
+        array = value.const_value.numpy()
+        digest = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).digest()
+        first = seen.setdefault((value.const_value.dtype, array.shape, digest), value)  # () and (1,) are not the same
         if first is not value:
             value.replace_all_uses_with(first)
             del graph.initializers[value.name]

@@ -24,6 +24,7 @@ class VerifyRequest:
     lossy: the weights were compressed, so that figures are taken and hardly judged.
     compare: False makes the golden files (by torch) and compares nothing.
     golden_db: least PSNR in dB of the golden picture, for every runtime of everything that is published.
+    corners: other shapes that the graphs take, at which each is compared too.
     """
 
     source: SourceRequest
@@ -43,6 +44,7 @@ class VerifyRequest:
     ports: Mapping[str, Ports] = field(default_factory=dict)
     lossy: bool = False
     whole: Path | None = None
+    corners: tuple[Shapes, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -53,6 +55,7 @@ class VerifyRequest:
             "components": {component.value: str(folder) for component, folder in self.components.items()},
             "out": str(self.out),
             "shapes": self.shapes.to_json(),
+            "corners": [shapes.to_json() for shapes in self.corners],
             "precision": self.precision,
             "provider": self.provider,
             "prompt": self.prompt,
@@ -81,6 +84,7 @@ class VerifyRequest:
                 "out": Path(data["out"]),
                 "whole": None if data["whole"] is None else Path(data["whole"]),
                 "shapes": Shapes(**data["shapes"]),
+                "corners": tuple(Shapes(**shapes) for shapes in data["corners"]),
                 "target": Target(data["target"]),
                 "ports": {
                     component: {name: Port.from_json(port) for name, port in ports.items()}

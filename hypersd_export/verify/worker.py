@@ -25,6 +25,7 @@ from hypersd_export.graphs.spec import Component
 from hypersd_export.runtime.graph import Graph, Runtime, filled
 from hypersd_export.runtime.text import Text, rows
 from hypersd_export.targets import Target
+from hypersd_export.verify.corners import Corner, corners_of
 from hypersd_export.verify.gates import COMPONENT_DB, COREML_IMAGE_DB, IMAGE_DB, LOSSY_DB, Gate
 from hypersd_export.verify.golden import write_golden
 from hypersd_export.verify.request import VerifyRequest
@@ -78,6 +79,14 @@ class Verification:
     def compares(self, component: Component) -> bool:
         """Whether there is an artifact of this component to be held against torch."""
         return self.request.compare and component in self.request.components
+
+    def corners(self, component: Component, module: Any) -> list[Corner]:
+        """What a loaded torch component gives at the ends of the graphs' ranges; nothing where it is not compared."""
+        if not self.compares(component):
+            return []
+        guidance, request = self.plans.default.plan.guidance, self.request
+        embedded = guidance.scale if guidance.kind is GuidanceKind.EMBEDDED else None
+        return corners_of(component, module, request.corners, request.shapes, embedded)
 
     def load(self, component: str) -> Any:
         """A fused torch component in float32."""
@@ -215,6 +224,7 @@ def _text_encoder(run: Verification, number: int) -> dict[str, dict[str, Float]]
     random = np.random.default_rng(GATE_SEED + number).integers(0, int(module.config.vocab_size), (count, tokens))
     batches = {name: np.repeat(ids[number], count, axis=0) for name, ids in run.ids.items()} | {"random ids": random}
     references = {name: text_outputs(module, ids) for name, ids in batches.items()}
+    corners = run.corners(component, module)
     del module
     if run.compares(component):
         gate, graph = run.gate(component, COMPONENT_DB[request.precision]), run.graph(component)
@@ -223,6 +233,8 @@ def _text_encoder(run: Verification, number: int) -> dict[str, dict[str, Float]]
             pooled = [output for output in ("pooler_output",) if output in references[name]]
             for output in dict.fromkeys((*encoder.outputs, *pooled, *found)):
                 gate.compare(found[output], references[name][output], f"in {output} for {name}")
+        for corner in corners:
+            corner.compare(gate, graph)
     return {name: {output: value[:1] for output, value in references[name].items()} for name in run.ids}
 
 
@@ -253,6 +265,7 @@ def _unet(run: Verification) -> None:
     for number, (key, sample) in enumerate(samples.items(), start=1):
         run.progress(f"torch: unet at {number} of {len(samples)} timesteps")
         references[key] = unet_output(module, sample, key[0], text, guidance)
+    corners = run.corners(Component.UNET, module)
     del module
     gc.collect()
     gate, graph = run.gate(Component.UNET, COMPONENT_DB[request.precision]), run.graph(Component.UNET)
@@ -261,6 +274,8 @@ def _unet(run: Verification) -> None:
         out = graph.run(sample=sample, timestep=timestep, **text)["out_sample"]
         db, largest = gate.compare(out, references[key], f"at t = {key[0]:g}")
         gate.steps.append({"t": key[0], "psnr_db": round(db, 2), "max_abs": min(largest, 3.4e38)})
+    for corner in corners:
+        corner.compare(gate, graph)
 
 
 def _unet_texts(run: Verification) -> Text:
@@ -300,11 +315,14 @@ def _vae(run: Verification) -> None:
     decoded = {name: decode(module, z) for name, z in codes.items()}
     views = {name: np.clip(image, -1, 1) for name, image in decoded.items()}
     encoded = {name: encode(module, view) for name, view in views.items()}
+    corners = {part: run.corners(part, module) for part in (Component.VAE_DECODER, Component.VAE_ENCODER)}
     del module
     gc.collect()
     gate, graph = run.gate(Component.VAE_DECODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_DECODER)
     for name, z in codes.items():
         gate.compare(graph.run(latent_sample=z)["sample"], decoded[name], f"for {name}")
+    for corner in corners[Component.VAE_DECODER]:
+        corner.compare(gate, graph)
     if not run.compares(Component.VAE_ENCODER):
         return
     gate, graph = run.gate(Component.VAE_ENCODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_ENCODER)
@@ -317,6 +335,8 @@ def _vae(run: Verification) -> None:
         )
         for mine, theirs, half in halves:  # apart: the log-variance's range would hide the mean's error
             gate.compare(mine, theirs, f"in the {half} for {name}")
+    for corner in corners[Component.VAE_ENCODER]:
+        corner.compare(gate, graph)
 
 
 def _image(run: Verification) -> None:
