@@ -86,6 +86,7 @@ def write_card(
         "batch": job.shapes.batch,
         "span": None if job.span is None else job.span.to_json(),
         "targets": {name: {**target, "fp32_nodes": fp32_nodes(target)} for name, target in targets.items()},
+        "scanned": job.spec.scan,
         "entries": job.plans.to_json()["entries"],
         "scheduler": call.class_name,
         "call": ", ".join(f"{name}={value!r}" for name, value in call.call.items()),

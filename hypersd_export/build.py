@@ -157,7 +157,7 @@ class Workshop:
 
     def _graphs(self, precision: str) -> OnnxGraphs:
         components, ranges = self._components(precision), {}
-        if precision == "fp16":
+        if precision == "fp16" and self.job.spec.scan:
             ranges = self._scan(components)
             components = {c: self._keep(c, stage, ranges[c]) for c, stage in components.items()}
         whole = self._compose(precision, components) if self.job.spec.single_graph else None
@@ -330,7 +330,7 @@ def onnx_record(graphs: OnnxGraphs, opset: int) -> dict[str, Any]:
 def _range_record(graphs: OnnxGraphs, component: Component, notes: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest says about a component's range scan: the ops in float32, the margin, the largest value."""
     if component not in graphs.ranges:
-        return {}
+        return {"scan": "not run"} if graphs.precision == "fp16" else {}
     top = float(f"{graphs.ranges[component].top:.4g}")
     return {"fp32_nodes": notes["fp32_nodes"], "margin": range_scan.MARGIN, "largest": top}
 

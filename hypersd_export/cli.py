@@ -92,6 +92,10 @@ def export_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
     cache_dir: CacheDir = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare with torch.")] = False,
+    no_scan: Annotated[
+        bool,
+        typer.Option("--no-scan", help="Do not look for ops that overflow in fp16 graphs (pictures may be black)."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .ckpt and .bin (weights only).")] = False,
 ) -> None:
@@ -161,6 +165,7 @@ def export_command(
             overwrite=overwrite,
             cache_dir=cache_dir,
             verify=not no_verify,
+            scan=not no_scan,
             allow_pickle=allow_pickle,
         )
         if dry_run:

@@ -18,6 +18,8 @@ MAX_STEPS = 1000
 """Diffusion models of this field are trained on 1000 timesteps: a plan cannot have more steps."""
 MAX_BATCH = 64
 MAX_SIDE = 8192
+SCANNED = frozenset({Target.ONNX, Target.TENSORRT})
+"""Targets whose fp16 graphs are searched for what overflows; Core ML's are tried by its gates."""
 BUILTIN = "builtin"
 DEFAULT_OUT = "bundle"
 
@@ -112,6 +114,8 @@ class ExportSpec:
     overwrite: bool = False
     cache_dir: Path | None = None
     verify: bool = True
+    scan: bool = True
+    """Whether fp16 graphs are searched for ops that overflow; without it none is kept in float32."""
     allow_pickle: bool = False
     refit_from: Path | None = None
     """The bundle that this one is with another LoRA: its TensorRT engines are refitted, not built."""
@@ -127,6 +131,8 @@ class ExportSpec:
         if self.single_graph and len(self.plan.steps or ()) > 1:
             listed = ",".join(map(str, self.plan.steps or ()))
             raise OptionError(f"--single-graph with --steps {listed}: a graph holds one schedule; give one count")
+        if not self.scan and not any(self.precision_of(target) == "fp16" for target in SCANNED & set(self.targets)):
+            raise OptionError("--no-scan: it is about the fp16 graphs of ONNX and TensorRT; leave it away")
         if self.unroll and not self.single_graph:
             raise OptionError("--unroll: it is about --single-graph; give both, or leave it away")
         _check_plan_flags(self.plan)

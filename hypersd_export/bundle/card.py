@@ -163,15 +163,16 @@ def _facts(card: Mapping[str, Any]) -> str:
         rows.append(("LoRA", f"{lora['file']} at scale {lora['scale']:g}, sha256 `{lora['digest'][:16]}…`"))
     if not card["loras"]:
         rows.append(("LoRA", "none"))
-    said = f"{card['width']} x {card['height']} px, {card['batch']} at a time"
+    rows.append(("Picture", f"{card['width']} x {card['height']} px, {card['batch']} at a time"))
     if card.get("span") is not None:
         span = Span.from_json(card["span"])
-        said += f"; {span.sizes()} px, {span.batch[0]} to {span.batch[1]} at a time"
-    rows.append(("Picture", said))
+        rows.append(("Range", f"{span.sizes()} px, {span.batch[0]} to {span.batch[1]} at a time"))
     for name, target in card["targets"].items():
         said = {key: target[key] for key in ("precision", "opset", "flavour", "weights", "attention") if key in target}
         rows.append(("Target", f"{name}: " + ", ".join(f"{key} {value}" for key, value in said.items())))
     rows += [("In float32", line) for line in map(_kept, card["targets"].values()) if line]
+    if not card.get("scanned", True):
+        rows.append(("Range scan", "not run (--no-scan): ops may overflow in fp16"))
     rows.append(("Made with", f"hypersd {card['hypersd']}, {card['created']}"))
     return "\n".join(f"| {key} | {value} |" for key, value in rows)
 
@@ -303,7 +304,8 @@ def model_card(card: Mapping[str, Any]) -> str:
             base: {name, family, digest, hub_id (optional)}
             loras: [{file, scale, digest}]
             width, height, batch: the picture in pixels, and how many the graphs make at a time
-            span: the range of both that the graphs take, or None
+            span: the range of both that the graphs take, or None; scanned: whether fp16 graphs were searched for ops
+                that overflow
             targets: {"onnx": {"precision": …, "opset": …}}, with `fp32_nodes` by component where ops of an fp16 target
                 are in float32, of engines `flavour`, `version`, `capabilities`, `weights` and `engines`, and of Core ML
                 `deployment_target`, `layout`, `attention` and `components`

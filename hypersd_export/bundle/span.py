@@ -31,6 +31,12 @@ class Span:
         (batch, width, height) = (tuple(data[name]) for name in ("batch", "width", "height"))
         return cls(batch=batch, width=width, height=height, unit=data["unit"])
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Span | None":
+        """That of a bundle whose manifest has these options; None where the graphs are of one shape."""
+        found = options.get("span")
+        return None if found is None else cls.from_json(found)
+
     def sizes(self) -> str:
         """For people: such as 256x256 to 768x768."""
         return f"{self.width[0]}x{self.height[0]} to {self.width[1]}x{self.height[1]}"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hypersd_export.bundle.manifest import Manifest, bundle_digest, read_manifest, verify_files
+from hypersd_export.bundle.manifest import bundle_digest, read_manifest, verify_files
 from hypersd_export.bundle.publish import recover
 from hypersd_export.bundle.span import Span
 from hypersd_export.diffusion.noise import initial_noise, step_noise
@@ -32,7 +32,7 @@ from hypersd_export.diffusion.table import start_row
 from hypersd_export.errors import BundleError, OptionError, PlanError
 from hypersd_export.runtime.encoders import TextEncoders
 from hypersd_export.runtime.folder import Folder
-from hypersd_export.runtime.graph import Run, Runtime, filled
+from hypersd_export.runtime.graph import Runtime, filled
 from hypersd_export.runtime.groups import groups
 from hypersd_export.runtime.images import to_image, to_sample, to_uint8
 from hypersd_export.runtime.result import Float, Result
@@ -105,7 +105,7 @@ class Pipeline:
         manifest = read_manifest(bundle)
         if check:
             verify_files(bundle, manifest)
-        span = span_of(manifest)
+        span = Span.of(manifest.options)
         if batch is not None and batch < 1:
             raise OptionError(f"batch {batch}: must be at least 1")
         if batch is not None and span is not None:
@@ -284,7 +284,7 @@ class Pipeline:
 
             def net(scaled: Float, t: float) -> Float:
                 timestep = filled(graph.inputs["timestep"], t)
-                parts = [_denoise(call, part, timestep, guide) for part in groups(scaled, size)]
+                parts = [guide.denoise(call, part, timestep) for part in groups(scaled, size)]
                 return np.concatenate(parts)[: len(scaled)]
 
             latents: Float = run(entry.table, net, x, step_noise=fresh, start=start)
@@ -393,22 +393,3 @@ class Pipeline:
         began = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
-
-
-def span_of(manifest: Manifest) -> Span | None:
-    """The range of shapes that a bundle's graphs take."""
-    found = manifest.options.get("span")
-    return None if found is None else Span.from_json(found)
-
-
-def _denoise(network: Run, x: Float, timestep: npt.NDArray[np.float64], guide: Guide) -> Float:
-    """The network's output for one full group of latents, both branches in one call."""
-    rows = x if guide.uncond is None else np.concatenate([x, x])
-    out = network(sample=rows, timestep=timestep)["out_sample"].astype(np.float32)
-    if guide.uncond is None:
-        return out
-    uncond, cond = np.split(out, 2)
-    if guide.weight == 1.0:
-        return cond
-    mixed: Float = uncond + np.float32(guide.weight) * (cond - uncond)
-    return mixed

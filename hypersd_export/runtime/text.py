@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hypersd_export.bundle.texts import Encoder
 from hypersd_export.errors import OptionError
+from hypersd_export.runtime.graph import Run
 
 Float = npt.NDArray[np.float32]
 Ids = tuple[npt.NDArray[np.int64], ...]
@@ -29,6 +31,18 @@ class Guide:
     def rows(self, each: int) -> dict[str, Float]:
         """The inputs of one call: `each` rows a branch, the unconditional ones first."""
         return rows([text for text in (self.uncond, self.cond) if text is not None], each)
+
+    def denoise(self, network: Run, x: Float, timestep: npt.NDArray[Any]) -> Float:
+        """The network's output for latents [N, C, h, w], both branches in one call, whose texts it was given before."""
+        both = x if self.uncond is None else np.concatenate([x, x])
+        out = network(sample=both, timestep=timestep)["out_sample"].astype(np.float32)
+        if self.uncond is None:
+            return out
+        uncond, cond = np.split(out, 2)
+        if self.weight == 1.0:
+            return cond
+        mixed: Float = uncond + np.float32(self.weight) * (cond - uncond)
+        return mixed
 
 
 def rows(texts: Sequence[Text], each: int) -> dict[str, Float]:

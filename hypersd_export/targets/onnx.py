@@ -56,6 +56,12 @@ def build(
     return write(model, folder, precision=precision, external=external)
 
 
+def let_go(model: "onnx_ir.Model") -> None:
+    """Take the weights out of a model that is done with: it is full of cycles, and a mapped file counts as memory."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
 def write(model: "onnx_ir.Model", folder: Path, *, precision: str, external: bool | None = None) -> dict[str, Any]:
     """Clean a model, save it as `folder/model.onnx` and check it; arguments and result as in `build`."""
     inputs, outputs = ([str(value.name) for value in side] for side in (model.graph.inputs, model.graph.outputs))
@@ -94,7 +100,21 @@ def _export(graph: Graph, opset: int) -> "onnx_ir.Model":
             verbose=False,
         )
     assert program is not None, "the dynamo exporter returns its program"
+    _show_another_graph()
     return program.model
+
+
+def _show_another_graph() -> None:
+    """onnxscript's rewrite rules live as long as the process, and hold the last graph that they looked at with all its
+    weights: let that be a graph of one node."""
+    import onnx_ir
+    from onnxscript import optimizer
+
+    a, b = (onnx_ir.Value(name=name, shape=onnx_ir.Shape((1,)), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+            for name in "ab")  # fmt: skip
+    node = onnx_ir.node("Add", [a, b])
+    graph = onnx_ir.Graph([a, b], node.outputs, nodes=[node], opset_imports={"": DEFAULT_OPSET})
+    optimizer.optimize(onnx_ir.Model(graph, ir_version=10))
 
 
 def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any], ...] | None:

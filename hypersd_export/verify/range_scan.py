@@ -251,8 +251,9 @@ def open_probe(path: Path, scratch: Path) -> Probe:
     outputs = tuple(str(value.name) for value in model.graph.outputs)
     for value in onnx_fp16.widen(model):
         _measure(model, value)
-    graph = open_graph(onnx_fp16.save_beside(model, path, scratch), optimise=False)
-    return Probe(graph=graph, outputs=outputs)
+    probe = onnx_fp16.save_beside(model, path, scratch)
+    onnx.let_go(model)  # onnxruntime maps the weights itself
+    return Probe(graph=open_graph(probe, optimise=False), outputs=outputs)
 
 
 def ranges(model: "onnx_ir.Model", largest: Mapping[str, float]) -> Ranges:

@@ -150,7 +150,7 @@ def test_what_a_bundle_says_of_its_range(dynamic):
     model = onnx.load(dynamic.path / "unet" / "model.onnx", load_external_data=False)
     axes = [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     assert axes == ["2*batch", 4, "2*height", "2*width"]
-    assert "8x16 to 32x32 px, 1 to 3 at a time" in (dynamic.path / "README.md").read_text(encoding="utf-8")
+    assert "| Range | 8x16 to 32x32 px, 1 to 3 at a time |" in (dynamic.path / "README.md").read_text(encoding="utf-8")
     spec = ExportSpec(**refit._options(read_manifest(dynamic.path)))
     assert spec.dynamic == DynamicFlags(batch=(1, 3), size=((8, 16), (32, 32)))
 

@@ -11,13 +11,15 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from typer.testing import CliRunner
 
+from hypersd_export import refit
 from hypersd_export.cli import app
+from hypersd_export.errors import OptionError
 from hypersd_export.export import export
 from hypersd_export.graphs.components import build_graph
 from hypersd_export.graphs.spec import Component
 from hypersd_export.runtime.pipeline import Pipeline
+from hypersd_export.spec import ExportSpec
 from hypersd_export.targets import onnx_fp16
-from hypersd_export.verify import range_scan
 from tests.export.test_onnx_fp16 import SHAPES, evaluate
 
 LOUD = 2e5
@@ -62,16 +64,23 @@ def test_an_overflowing_vae_is_exported_right(loud_spec, loud_base, tmp_path):
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # a picture of NaN, which is the point
-def test_without_the_block_list_the_gate_fails_with_an_exit_code(loud_spec, tmp_path, monkeypatch):
-    real = range_scan.ranges
-    monkeypatch.setattr(range_scan, "ranges", lambda *given: replace(real(*given), kept=()))
-    monkeypatch.setattr("hypersd_export.job.Job.scan_depends", lambda *_: {"broken": str(tmp_path)})
-    command = ["--base", loud_spec.base, "--steps", "2", "--scheduler", "ddim", "--guidance", "1"]
+def test_without_the_block_list_the_gate_fails_with_an_exit_code(loud_spec, tmp_path):
+    command = ["--base", loud_spec.base, "--steps", "2", "--scheduler", "ddim", "--guidance", "1", "--no-scan"]
     command += ["--precision", "fp16", "--cache-dir", str(loud_spec.cache_dir), "--out", str(tmp_path / "b")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1
     assert "not the same as torch: vae_decoder -200.0 dB" in done.output.replace("\n", " ")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_says_that_nobody_looked_for_overflows(loud_spec, tmp_path):
+    done = export(replace(loud_spec, scan=False, verify=False, out=tmp_path / "b"), isolate=False)
+    decoder = done.manifest.targets["onnx"]["components"]["vae_decoder"]
+    assert (decoder["scan"], "fp32_nodes" in decoder) == ("not run", False)
+    assert "| Range scan | not run (--no-scan)" in (done.path / "README.md").read_text(encoding="utf-8")
+    assert ExportSpec(**refit._options(done.manifest)).scan is False
+    with pytest.raises(OptionError, match="--no-scan: it is about the fp16 graphs"):
+        replace(loud_spec, precision="fp32", scan=False)
 
 
 def test_the_time_embedding_of_the_last_timestep_survives_half(tiny_base, tmp_path):
