@@ -1,0 +1,131 @@
+"""Our export and optimum-onnx's of one pipeline folder, in turn: `python -m benchmarks.export_race PIPELINE --out DIR`
+
+Both export all components (text encoder, UNet, VAE decoder and encoder) without holding them against torch: ours in
+fp16 with `--no-verify --no-scan`, optimum's in its own environment (`make peer-optimum`) in float32, as its fp16 export
+wants a GPU. Wall time and the peak of the process tree's resident memory are measured from outside, mapped files
+included. Our command draws the golden picture with torch at the end, in a process of its own; the export itself, as it
+reports that, stands beside the whole. One more export of ours, with scan and gates, says what those cost. Writes
+export_race.json.
+"""
+
+import argparse
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench import peers
+from benchmarks.bench.machine import cpu_name
+from benchmarks.results import one_line_error, write_result
+from hypersd_export.errors import HypersdError
+from hypersd_export.usage import measure
+
+OURS = ("--lora", "none", "--steps", "1", "--scheduler", "tcd", "--eta", "0", "--guidance", "1", "--precision", "fp16")
+BARE = ("--no-verify", "--no-scan")
+STAGE = re.compile(r"^(?P<name>[\w -]+?)\s{2,}(?P<seconds>[\d,.]+) s\s+(?P<mb>[\d,]+) MB", re.MULTILINE)
+IN_ALL = "export in all"
+VERIFICATION = ("onnx-fp16-scan", "verify")
+"""The stages that `--no-scan --no-verify` leave away (or, of the last, all but the golden picture)."""
+PACKAGES = ("hypersd", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+
+
+def stages(text: str) -> dict[str, dict[str, float]]:
+    """Seconds and MB of each stage that `hypersd-export` printed."""
+    found = STAGE.finditer(text)
+    return {
+        one["name"]: {"s": float(one["seconds"].replace(",", "")), "mb": float(one["mb"].replace(",", ""))}
+        for one in found
+    }
+
+
+def timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Wall seconds and peak MB of a command and all that it starts, and what it said; HypersdError if it fails."""
+    with measure() as usage:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, env=dict(environment)
+        )  # fmt: skip
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it printed nothing"]
+        raise HypersdError(f"{Path(command[0]).name} … failed: {lines[-1][:300]}")
+    return {"s": round(usage.seconds, 2), "mb": round(usage.peak_mb, 1)}, done.stderr
+
+
+def ours(pipeline: Path, scratch: Path, options: Sequence[str]) -> dict[str, Any]:
+    """One export of ours, from nothing."""
+    command = [sys.executable, "-m", "hypersd_export.cli", "--base", str(pipeline), *OURS, *options,
+               "--out", str(scratch / "bundle"), "--cache-dir", str(scratch / "cache")]  # fmt: skip
+    figures, said = timed(command, os.environ)
+    return figures | {"stages": stages(said)}
+
+
+def optimums(pipeline: Path, scratch: Path) -> dict[str, Any]:
+    """One export of optimum-onnx's."""
+    python, script = peers.python_of("optimum"), peers.painter_of("optimum")
+    if python is None:
+        raise HypersdError(f"optimum is not installed: {peers.PEERS['optimum']}")
+    command = [str(python), str(script), "convert", str(pipeline), str(scratch / "onnx")]
+    return timed(command, peers.peer_environment())[0]
+
+
+def race(pipeline: Path, rounds: int) -> dict[str, Any]:
+    """Both in turn, so many times, and ours once with everything."""
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "optimum": []}
+    for number in range(rounds):
+        for name in found:
+            with tempfile.TemporaryDirectory() as scratch:
+                done = optimums(pipeline, Path(scratch)) if name == "optimum" else ours(pipeline, Path(scratch), BARE)
+            found[name].append(done)
+            print(f"round {number + 1}: {name} {done['s']:.1f} s, {done['mb']:,.0f} MB", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        proven = ours(pipeline, Path(scratch), ())
+    return {"rounds": found, "proven": proven, **summary(found, proven)}
+
+
+def summary(found: Mapping[str, Sequence[Mapping[str, Any]]], proven: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians, their ratios, and the verification over the export."""
+    median = {
+        name: {key: statistics.median(one[key] for one in runs) for key in ("s", "mb")} for name, runs in found.items()
+    }
+    export = {key: statistics.median(one["stages"][IN_ALL][key] for one in found["ours"]) for key in ("s", "mb")}
+    checks = [figures for name, figures in proven["stages"].items() if name in VERIFICATION]
+    return {
+        "median": {**median, "our export alone": export},
+        "optimum_over_ours": {
+            "whole command": median["optimum"]["s"] / median["ours"]["s"],
+            "export alone": median["optimum"]["s"] / export["s"],
+        },
+        "verification": {
+            "s": sum(one["s"] for one in checks), "mb": max(one["mb"] for one in checks),
+            "over_export": sum(one["s"] for one in checks) / export["s"],
+        },
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", type=Path, help="a diffusers folder, such as benchmarks.random_pipeline writes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    with one_line_error(options.out) as ended:
+        if options.rounds < 1:
+            raise HypersdError(f"--rounds {options.rounds}: at least 1")
+        machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+        versions = {name: version(name) for name in PACKAGES}
+        result = {"pipeline": options.pipeline.name, "machine": machine, "versions": versions}
+        result |= race(options.pipeline, options.rounds)
+        write_result(options.out, "export_race", result)
+        print({key: result[key] for key in ("median", "optimum_over_ours", "verification")})
+    return ended.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
