@@ -1,11 +1,9 @@
 """Our export and optimum-onnx's of one pipeline folder, in turn: `python -m benchmarks.export_race PIPELINE --out DIR`
 
 Both export all components (text encoder, UNet, VAE decoder and encoder) without holding them against torch: ours in
-fp16 with `--no-verify --no-scan`, optimum's in its own environment (`make peer-optimum`) in float32, as its fp16 export
-wants a GPU. Wall time and the peak of the process tree's resident memory are measured from outside, mapped files
-included. Our command draws the golden picture with torch at the end, in a process of its own; the export itself, as it
-reports that, stands beside the whole. One more export of ours, with scan and gates, says what those cost. Writes
-export_race.json.
+fp16 with `--no-verify --no-golden --no-scan`, optimum's in its own environment (`make peer-optimum`) in float32, as its
+fp16 export wants a GPU. Wall time and the peak of the process tree's resident memory are measured from outside, mapped
+files included. One more export of ours, with scan and gates, says what those cost. Writes export_race.json.
 """
 
 import argparse
@@ -28,11 +26,11 @@ from hypersd_export.errors import HypersdError
 from hypersd_export.usage import measure
 
 OURS = ("--lora", "none", "--steps", "1", "--scheduler", "tcd", "--eta", "0", "--guidance", "1", "--precision", "fp16")
-BARE = ("--no-verify", "--no-scan")
+BARE = ("--no-verify", "--no-golden", "--no-scan")
 STAGE = re.compile(r"^(?P<name>[\w -]+?)\s{2,}(?P<seconds>[\d,.]+) s\s+(?P<mb>[\d,]+) MB", re.MULTILINE)
 IN_ALL = "export in all"
 VERIFICATION = ("onnx-fp16-scan", "verify")
-"""The stages that `--no-scan --no-verify` leave away (or, of the last, all but the golden picture)."""
+"""The stages that `--no-scan --no-verify --no-golden` leave away."""
 PACKAGES = ("hypersd", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 

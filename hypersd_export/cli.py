@@ -92,6 +92,9 @@ def export_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
     cache_dir: CacheDir = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare with torch.")] = False,
+    no_golden: Annotated[
+        bool, typer.Option("--no-golden", help="With --no-verify: no golden picture either, so no torch in float32.")
+    ] = False,
     no_scan: Annotated[
         bool,
         typer.Option("--no-scan", help="Do not look for ops that overflow in fp16 graphs (pictures may be black)."),
@@ -165,6 +168,7 @@ def export_command(
             overwrite=overwrite,
             cache_dir=cache_dir,
             verify=not no_verify,
+            golden=not no_golden,
             scan=not no_scan,
             allow_pickle=allow_pickle,
         )

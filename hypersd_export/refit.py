@@ -76,7 +76,7 @@ def _options(manifest: Manifest) -> dict[str, Any]:
         "plan": PlanFlags(**plan),
         "precision": _precision(options["precision"]),
         "quantize": options.get("quantize"),
-        "scan": bool(options.get("scan", True)),
+        **{name: bool(options.get(name, True)) for name in ("scan", "golden")},
         "size": None if options["size"] is None else tuple(options["size"]),
         "dynamic": _dynamic(options.get("dynamic") or {}),
     }

@@ -114,6 +114,8 @@ class ExportSpec:
     overwrite: bool = False
     cache_dir: Path | None = None
     verify: bool = True
+    golden: bool = True
+    """Whether torch draws the golden picture; it may be left away only where nothing is compared anyway."""
     scan: bool = True
     """Whether fp16 graphs are searched for ops that overflow; without it none is kept in float32."""
     allow_pickle: bool = False
@@ -131,8 +133,7 @@ class ExportSpec:
         if self.single_graph and len(self.plan.steps or ()) > 1:
             listed = ",".join(map(str, self.plan.steps or ()))
             raise OptionError(f"--single-graph with --steps {listed}: a graph holds one schedule; give one count")
-        if not self.scan and not any(self.precision_of(target) == "fp16" for target in SCANNED & set(self.targets)):
-            raise OptionError("--no-scan: it is about the fp16 graphs of ONNX and TensorRT; leave it away")
+        _check_proof(self)
         if self.unroll and not self.single_graph:
             raise OptionError("--unroll: it is about --single-graph; give both, or leave it away")
         _check_plan_flags(self.plan)
@@ -187,6 +188,13 @@ def _check_coreml(spec: ExportSpec) -> None:
         raise OptionError("--single-graph with --lora-apart: that is about packages of the components; give one")
     if flags.approximate and flags.layout != "apple":
         raise OptionError("--allow-approximate-schedule: it is about --layout apple; give both, or leave it away")
+
+
+def _check_proof(spec: ExportSpec) -> None:
+    if spec.verify and not spec.golden:
+        raise OptionError("--no-golden: the comparison with torch draws that picture; give --no-verify too")
+    if not spec.scan and not any(spec.precision_of(target) == "fp16" for target in SCANNED & set(spec.targets)):
+        raise OptionError("--no-scan: it is about the fp16 graphs of ONNX and TensorRT; leave it away")
 
 
 def _check_dynamic(spec: ExportSpec) -> None:

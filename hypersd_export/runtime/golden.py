@@ -68,6 +68,8 @@ def _array(folder: Path, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
 
 
 def _golden(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not there: the bundle was exported with --no-golden")
     try:
         golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
         keys = ("prompt", "negative_prompt", "seed", "index", "steps", "guidance", "expected", "min_psnr_db")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hypersd_export import refit
 from hypersd_export.cli import app
-from hypersd_export.errors import OptionError
+from hypersd_export.errors import BundleError, OptionError
 from hypersd_export.export import export
 from hypersd_export.graphs.components import build_graph
 from hypersd_export.graphs.spec import Component
@@ -73,12 +73,18 @@ def test_without_the_block_list_the_gate_fails_with_an_exit_code(loud_spec, tmp_
     assert not (tmp_path / "b").exists()
 
 
-def test_a_bundle_says_that_nobody_looked_for_overflows(loud_spec, tmp_path):
-    done = export(replace(loud_spec, scan=False, verify=False, out=tmp_path / "b"), isolate=False)
+def test_a_bundle_without_scan_and_golden_picture_says_so(loud_spec, tmp_path):
+    done = export(replace(loud_spec, scan=False, verify=False, golden=False, out=tmp_path / "b"), isolate=False)
     decoder = done.manifest.targets["onnx"]["components"]["vae_decoder"]
     assert (decoder["scan"], "fp32_nodes" in decoder) == ("not run", False)
     assert "| Range scan | not run (--no-scan)" in (done.path / "README.md").read_text(encoding="utf-8")
-    assert ExportSpec(**refit._options(done.manifest)).scan is False
+    again = ExportSpec(**refit._options(done.manifest))
+    assert (again.scan, again.golden, again.verify) == (False, False, False)
+    assert not (done.path / "golden").exists()
+    with pytest.raises(BundleError, match="golden is not there: the bundle was exported with --no-golden"):
+        Pipeline.from_bundle(done.path).golden()
+    with pytest.raises(OptionError, match="--no-golden: the comparison with torch draws that picture"):
+        replace(loud_spec, golden=False)
     with pytest.raises(OptionError, match="--no-scan: it is about the fp16 graphs"):
         replace(loud_spec, precision="fp32", scan=False)
 
