@@ -8,7 +8,7 @@ are removed, and names are kept exactly. Weights stay in the file up to `EXTERNA
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,15 +50,18 @@ def build(
     A data file of an earlier build is never left behind. Raises `MissingBackend` without onnx or onnxscript.
     """
     check_options(opset=opset)
-    model = _export(graph, opset)
+    model, weights = _export(graph, opset)
     if edit is not None:
         edit(model)
-    return write(model, folder, precision=precision, external=external)
+    written = write(model, folder, precision=precision, external=external)
+    let_go((*weights, *model.graph.initializers.values()))
+    return written
 
 
-def let_go(model: "onnx_ir.Model") -> None:
-    """Take the weights out of a model that is done with: it is full of cycles, and a mapped file counts as memory."""
-    for value in model.graph.initializers.values():
+def let_go(weights: "Iterable[onnx_ir.Value]") -> None:
+    """Take the weights out of a model that is done with. It is full of cycles, and onnxscript's rewrite rules, which
+    live as long as the process, hold the last graph that they looked at, with it a whole network's weights."""
+    for value in weights:
         value.const_value = None
 
 
@@ -81,7 +84,8 @@ def write(model: "onnx_ir.Model", folder: Path, *, precision: str, external: boo
     }
 
 
-def _export(graph: Graph, opset: int) -> "onnx_ir.Model":
+def _export(graph: Graph, opset: int) -> "tuple[onnx_ir.Model, list[onnx_ir.Value]]":
+    """The exporter's optimised model, and the values of all weights that it began with."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -98,23 +102,12 @@ def _export(graph: Graph, opset: int) -> "onnx_ir.Model":
             input_names=list(graph.inputs),
             output_names=list(graph.output_names),
             verbose=False,
+            optimize=False,
         )
-    assert program is not None, "the dynamo exporter returns its program"
-    _show_another_graph()
-    return program.model
-
-
-def _show_another_graph() -> None:
-    """onnxscript's rewrite rules live as long as the process, and hold the last graph that they looked at with all its
-    weights: let that be a graph of one node."""
-    import onnx_ir
-    from onnxscript import optimizer
-
-    a, b = (onnx_ir.Value(name=name, shape=onnx_ir.Shape((1,)), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
-            for name in "ab")  # fmt: skip
-    node = onnx_ir.node("Add", [a, b])
-    graph = onnx_ir.Graph([a, b], node.outputs, nodes=[node], opset_imports={"": DEFAULT_OPSET})
-    optimizer.optimize(onnx_ir.Model(graph, ir_version=10))
+        assert program is not None, "the dynamo exporter returns its program"
+        weights = list(program.model.graph.initializers.values())
+        program.optimize()
+    return program.model, weights
 
 
 def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any], ...] | None:

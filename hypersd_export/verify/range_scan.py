@@ -252,7 +252,7 @@ def open_probe(path: Path, scratch: Path) -> Probe:
     for value in onnx_fp16.widen(model):
         _measure(model, value)
     probe = onnx_fp16.save_beside(model, path, scratch)
-    onnx.let_go(model)  # onnxruntime maps the weights itself
+    onnx.let_go(model.graph.initializers.values())  # onnxruntime maps the weights itself
     return Probe(graph=open_graph(probe, optimise=False), outputs=outputs)
 
 

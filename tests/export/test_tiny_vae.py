@@ -45,7 +45,7 @@ def test_the_picture_is_that_of_diffusers(vae, tiny_base, tiny_spec, tmp_path):
     pipeline = Pipeline.from_bundle(done.path)
     mine = pipeline("a cat", noise=noise).images[0]
     assert np.abs(np.asarray(mine).astype(float) - np.round(theirs * 255)).max() <= 1
-    latents = pipeline._image_latents(mine)
+    latents = pipeline._image_latents(mine, pipeline.size)
     expected = own.vae.encode(own.image_processor.preprocess(mine)).latents.detach().numpy()
     np.testing.assert_allclose(latents, expected, atol=1e-4)
 
