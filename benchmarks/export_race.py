@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with one_line_error(options.out) as ended:
         if options.rounds < 1:
             raise HypersdError(f"--rounds {options.rounds}: at least 1")
+        options.out.mkdir(parents=True, exist_ok=True)
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
         versions = {name: version(name) for name in PACKAGES}
         result = {"pipeline": options.pipeline.name, "machine": machine, "versions": versions}

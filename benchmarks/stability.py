@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = compare(ratios(options.first), ratios(options.second))
         print(json.dumps(found))
         if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
             write_result(options.out, "stability", found)
         if found["inside"] < LEAST or found["reversed"]:
             return 1

@@ -101,6 +101,7 @@ class OpenBundle:
         facts["unet_rows"] = shapes.get("unet_batch", facts["unet_rows"])
         return {
             "bundle": self.path.name, "digest": self.digest, "target": self.runtime, "precision": self.precision,
+            "quantize": self.manifest.targets.get(self.runtime, {}).get("quantize"),
             "single_graph": self.is_single_graph, "size_mb": round(self.size_mb, 2),
             "graph_batch": self.manifest.options.get("batch"), "parity": self.manifest.parity, **facts,
         }  # fmt: skip
@@ -151,8 +152,9 @@ def resolve_target(name: str | None, manifest: Manifest) -> str:
 
 
 def golden_prompt(bundle: OpenBundle) -> str:
-    """The prompt of the bundle's golden picture."""
-    return str(read_object(bundle.path / "golden" / "golden.json").get("prompt") or PROMPT)
+    """The prompt of the bundle's golden picture, if it has one."""
+    golden = bundle.path / "golden" / "golden.json"
+    return str(read_object(golden).get("prompt") or PROMPT) if golden.is_file() else PROMPT
 
 
 def bundle_entrant(bundle: OpenBundle, *, prompt: str, threads: int, cuda_graph: bool = False) -> Entrant:

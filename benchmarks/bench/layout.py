@@ -50,7 +50,8 @@ def group_of(row: Mapping[str, Any]) -> str:
     if row["kind"] != "bundle":
         return str(row["name"])
     target = TARGETS.get(str(row.get("target")), str(row.get("target")))
-    return f"{target} {row.get('precision', '')}".strip() + (", one graph" if row.get("single_graph") else "")
+    stored = row.get("quantize") or row.get("precision", "")
+    return f"{target} {stored}".strip() + (", one graph" if row.get("single_graph") else "")
 
 
 def measured(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
@@ -99,7 +100,8 @@ def _best(data: Mapping[str, Any]) -> Card | None:
     rows = _bundles(judged(data))
     if not rows:
         return None
-    best = max(rows, key=lambda row: row["figures"]["clip_score"]["value"])
+    top = max(round(row["figures"]["clip_score"]["value"], 1) for row in rows)  # as it is shown: the first of equals
+    best = next(row for row in rows if round(row["figures"]["clip_score"]["value"], 1) == top)
     teacher = next((row for row in judged(data) if row["kind"] == "teacher"), None)
     note = best["name"]
     if teacher is not None:

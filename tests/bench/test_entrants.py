@@ -34,6 +34,7 @@ def test_bundles_with_their_facts(bundle, tmp_path):
     sizes = [path.stat().st_size for path in bundle.rglob("*.onnx")]
     assert facts["size_mb"] == round(sum(sizes) / 1e6, 2) > 0
     assert golden_prompt(first) == "cat hat"
+    assert golden_prompt(replace(first, path=tmp_path)) == "a photo of a cat"  # exported with --no-golden
     (two,) = open_bundles([bundle], steps=2)
     assert (two.name, two.plan.num_steps) == ("cfg", 2)
     assert json.loads(bundle_entrant(two, prompt="p", threads=3).command[-1])["steps"] == 2

@@ -46,6 +46,13 @@ def test_cards_say_what_was_measured_and_no_more():
     assert [card.label for card in only] == ["Best CLIP score of a bundle", "Least parity with torch"]
 
 
+def test_of_equals_the_first_is_named_and_integers_are_a_group_of_their_own():
+    equals = quality(candidate("onnx-4", 76.08), candidate("int8-4", 76.09), candidate("onnx-1", 75.0))
+    assert layout.cards({"latency": None, "quality": equals})[0].note == "onnx-4"
+    assert layout.group_of(entrant("int8-4", 20.0, 1.0, quantize="int8")) == "ONNX int8"
+    assert layout.group_of(entrant("one", 20.0, 1.0, quantize=None, single_graph=True)) == "ONNX fp32, one graph"
+
+
 def test_points_are_those_who_have_both_and_those_who_draw_the_first_ones_picture():
     found = {point.name: point for point in layout.points(data())}
     assert set(found) == {"onnx-4", "onnx-1", "optimum", "teacher"}

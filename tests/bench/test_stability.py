@@ -34,8 +34,8 @@ def test_the_command(tmp_path, capsys):
     one.write_text(json.dumps({"entrants": rows}))
     two.write_text(json.dumps({"latency": {"entrants": rows}}))
     assert list(ratios(one)) == list(ratios(two)) == ["a"]
-    assert main([str(one), str(two), "--out", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "stability.json").read_text())
+    assert main([str(one), str(two), "--out", str(tmp_path / "new")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "new" / "stability.json").read_text())
     rows[2]["ratio"] = run(a=5.0)["a"]
     two.write_text(json.dumps({"entrants": rows}))
     assert main([str(one), str(two)]) == 1

@@ -237,7 +237,7 @@ def test_engines_that_are_not_refitted(engines, gpu, tmp_path, monkeypatch):
 def test_a_stripped_bundle_holds_weights_once_it_is_refitted(tiny_spec, lora_file, tmp_path, monkeypatch):
     """The whole of it but the library's own part: which engines are asked for, and what the manifest says after."""
     flags = EngineFlags(flavour="rtx", capabilities=("8.6", "8.9"))
-    trt = replace(tiny_spec, targets=(Target.TENSORRT,), engines=flags, verify=False)
+    trt = replace(tiny_spec, targets=(Target.TENSORRT,), engines=flags, verify=False, golden=False, scan=False)
     first = export(replace(trt, out=tmp_path / "first"))
     target = first.manifest.targets["tensorrt"]
     said = {name: {**engine, "weights": "stripped"} for name, engine in target["engines"].items()}
