@@ -62,6 +62,11 @@ class BaseModel:
                 "pass its diffusers folder or hub id"
             )
         wanted, given = self.latent_channels, int(self.unet_config.get("in_channels", 4))
+        if given != wanted and given == int(self.unet_config.get("out_channels", 4)):
+            raise ModelError(
+                f"{self.name}: its UNet draws latents of {given} channels and its VAE has {wanted}; "
+                "give a VAE of its kind with --vae"
+            )
         if given != wanted:
             raise ModelError(
                 f"{self.name}: its UNet takes {given} channels where text-to-image takes {wanted} "
