@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.bench import peers
 from benchmarks.bench.machine import cpu_name
-from benchmarks.results import one_line_error, write_result
+from benchmarks.results import last_line, one_line_error, write_result
 from hypersd_export.errors import HypersdError
 from hypersd_export.usage import measure
 
@@ -50,8 +50,7 @@ def timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[dict[
             command, capture_output=True, text=True, errors="replace", check=False, env=dict(environment)
         )  # fmt: skip
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it printed nothing"]
-        raise HypersdError(f"{Path(command[0]).name} … failed: {lines[-1][:300]}")
+        raise HypersdError(f"{Path(command[0]).name} … failed: {last_line(done.stderr)[:300]}")
     return {"s": round(usage.seconds, 2), "mb": round(usage.peak_mb, 1)}, done.stderr
 
 

@@ -26,11 +26,16 @@ def run_module(command: Sequence[str], *, timeout: float | None = None) -> str:
     except subprocess.TimeoutExpired:
         raise HypersdError(f"{command[0]} took more than {timeout:g} s and was ended: give --timeout") from None
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        last = lines[-1].removeprefix("error: ")[:400] if lines else "it printed nothing"
+        last = last_line(done.stderr).removeprefix("error: ")[:400]
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         raise HypersdError(f"{last} ({command[0]}, {ended})")
     return done.stdout
+
+
+def last_line(text: str) -> str:
+    """The last line of what a command printed, blank ones apart."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
 
 
 def write_result(folder: Path, name: str, data: Any, page: str | None = None) -> None:

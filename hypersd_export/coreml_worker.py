@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from hypersd_export.coreml_compress import Compressing, Merging, Mixing, Rating
-from hypersd_export.diffusion import Guidance, GuidanceKind, PlanFile, StepTable
+from hypersd_export.diffusion import Guidance, PlanFile, StepTable
 from hypersd_export.errors import BuildError
 from hypersd_export.graphs.spec import Component, Shapes
 from hypersd_export.verify.source import SourceRequest, open_source
@@ -169,7 +169,7 @@ class Joining:
         from hypersd_export.targets.coreml import convert
 
         source, fused, graphs = open_source(self.source), [], {}
-        embedded = self.guidance.scale if self.guidance.kind is GuidanceKind.EMBEDDED else None
+        embedded = self.guidance.embedded
         for part in (c for c in Component if c is not Component.VAE_ENCODER and c.source in source.base.parts):
             progress(f"loading {part}")
             module, reports = source.load(part.source, torch.float32)

@@ -56,8 +56,7 @@ class Job:
     @property
     def embedded_guidance(self) -> float | None:
         """The guidance that is a constant of the UNet, or None."""
-        guidance = self.plans.default.plan.guidance
-        return guidance.scale if guidance.kind is GuidanceKind.EMBEDDED else None
+        return self.plans.default.plan.guidance.embedded
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -357,10 +356,7 @@ def check_apple_plays(plans: PlanFile, *, approximate: bool) -> None:
 
 def check_one_unet(plans: PlanFile) -> None:
     """`OptionError` unless all entries can share one UNet: embedded guidance is a constant of it."""
-    scales = {
-        entry.plan.guidance.scale if entry.plan.guidance.kind is GuidanceKind.EMBEDDED else None
-        for entry in plans.entries
-    }
+    scales = {entry.plan.guidance.embedded for entry in plans.entries}
     if len(scales) > 1:
         raise OptionError("the plans embed different guidance scales in the one UNet: export them apart")
 

@@ -11,6 +11,7 @@ from benchmarks.bench.entrants import (
     OpenBundle,
     Versus,
     bundle_entrant,
+    captured,
     golden_prompt,
     open_bundles,
     speed_entrant,
@@ -75,7 +76,7 @@ def run_latency(
         speed = speed_entrant(options.threads, device=first.device, precision=first.torch_precision)
         times = race([*entrants, speed], options, energy, tell=progress.tell)
         work = {bundle.name: unet_work(bundle.path, bundle.manifest) for bundle in bundles}
-        work |= {f"{name}, CUDA graph": of_unet for name, of_unet in work.items()} | {"": work[first.name]}
+        work |= {captured(name): of_unet for name, of_unet in work.items()} | {"": work[first.name]}
         described["load_after"], described["clocks_after"] = machine.load(), machine.clocks()
         report = figures.report(
             entrants, times, options, speed=times.get(speed.name), work=work, energy=energy, machine=described,

@@ -163,7 +163,7 @@ def bundle_entrant(bundle: OpenBundle, *, prompt: str, threads: int, cuda_graph:
         "kind": "bundle", "bundle": str(bundle.path), "runtime": bundle.runtime, "provider": bundle.provider,
         "steps": bundle.steps, "threads": threads, "prompt": prompt, "cuda_graph": cuda_graph,
     }  # fmt: skip
-    facts, name = bundle.facts(), f"{bundle.name}, CUDA graph" if cuda_graph else bundle.name
+    facts, name = bundle.facts(), captured(bundle.name) if cuda_graph else bundle.name
     if bundle.runtime == "coreml":
         missing = "a Core ML package is timed on a Mac; here only the interpreter reads it (hypersd-bench quality)"
         return Entrant(name=name, kind="bundle", facts=facts, missing=missing)
@@ -171,6 +171,11 @@ def bundle_entrant(bundle: OpenBundle, *, prompt: str, threads: int, cuda_graph:
         name=name, kind="bundle", command=(*WORKER, json.dumps(request)), environment=threads_of(threads),
         facts=facts,
     )  # fmt: skip
+
+
+def captured(name: str) -> str:
+    """The entrant's name of a bundle whose UNet's call is captured."""
+    return f"{name}, CUDA graph"
 
 
 def threads_of(count: int) -> dict[str, str]:

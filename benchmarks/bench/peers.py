@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import last_line
 from hypersd_export.bundle.cache import Stage, StageCache
 from hypersd_export.bundle.digest import sha256_file
 from hypersd_export.errors import HypersdError
@@ -85,8 +86,7 @@ def converted(name: str, fused: Stage, cache: StageCache, *, tell: Callable[[str
         except subprocess.TimeoutExpired:
             raise HypersdError(f"{name}: its conversion took more than {CONVERT_S:g} s") from None
         if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it printed nothing"]
-            raise HypersdError(f"{name}: its conversion failed: {lines[-1][:300]}")
+            raise HypersdError(f"{name}: its conversion failed: {last_line(done.stderr)[:300]}")
 
     return cache.get(f"bench-{name}", depends, build)
 

@@ -92,6 +92,11 @@ class Guidance:
             return cls()
         return cls(kind=GuidanceKind.CFG, scale=scale)
 
+    @property
+    def embedded(self) -> float | None:
+        """The scale that is a constant of the network; None for guidance of any other kind."""
+        return self.scale if self.kind is GuidanceKind.EMBEDDED else None
+
     def to_json(self) -> dict[str, Any]:
         """{"kind": …, "scale": …}."""
         return {"kind": self.kind.value, "scale": self.scale}

@@ -84,9 +84,8 @@ class Verification:
         """What a loaded torch component gives at the ends of the graphs' ranges; nothing where it is not compared."""
         if not self.compares(component):
             return []
-        guidance, request = self.plans.default.plan.guidance, self.request
-        embedded = guidance.scale if guidance.kind is GuidanceKind.EMBEDDED else None
-        return corners_of(component, module, request.corners, request.shapes, embedded)
+        request, guidance = self.request, self.plans.default.plan.guidance
+        return corners_of(component, module, request.corners, request.shapes, guidance.embedded)
 
     def load(self, component: str) -> Any:
         """A fused torch component in float32."""
