@@ -23,10 +23,13 @@ from hypersd_export.spec import BUILTIN, ExportSpec, PlanFlags
 
 FAMILIES = (BUILTIN, "sd15", "sd21", "sdxl", "lcm")
 PLANS: Mapping[str, PlanFlags] = {
+    "tcd, one step at 800": PlanFlags(timesteps=(800,), scheduler="tcd", eta=1.0, guidance=1.0),
     "ddim, 2 steps": PlanFlags(steps=(2,), scheduler="ddim", guidance=1.0),
     "ddim, 3 steps, guidance 5": PlanFlags(steps=(3,), scheduler="ddim", guidance=5.0),
     "tcd, 4 steps, eta 0.3": PlanFlags(steps=(4,), scheduler="tcd", eta=0.3, guidance=1.0),
     "euler, 3 steps, guidance 5": PlanFlags(steps=(3,), scheduler="euler", guidance=5.0),
+    "euler_ancestral, 3 steps": PlanFlags(steps=(3,), scheduler="euler_ancestral", guidance=1.0),
+    "apple-dpmpp, 3 steps, guidance 5": PlanFlags(steps=(3,), scheduler="apple-dpmpp", guidance=5.0),
     "lcm, 4 steps": PlanFlags(steps=(4,), scheduler="lcm", guidance=1.0),
 }
 EMBEDDED: Mapping[str, PlanFlags] = {

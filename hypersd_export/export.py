@@ -14,6 +14,7 @@ from typing import Any
 from hypersd_export import __version__
 from hypersd_export.assemble import assemble, write_card
 from hypersd_export.build import COMPOSE, Built, Workshop
+from hypersd_export.bundle.cache import noted_digests
 from hypersd_export.bundle.manifest import Manifest, bundle_digest, write_manifest
 from hypersd_export.bundle.publish import check_destination, staged
 from hypersd_export.clock import Clock, Reporter, Silent, StageRecord
@@ -94,4 +95,5 @@ def describe_bundle(
         stages=[record.to_json() for record in clock.records],
         parity=parity,
         created=created,
+        noted=noted_digests({name: source for each in built for name, source in each.files.items()}),
     )

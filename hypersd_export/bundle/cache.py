@@ -73,6 +73,22 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
+def noted_digests(copies: Mapping[str, Path]) -> dict[str, str]:
+    """The SHA-256 of copies of stages' files (or folders) by the names of the copies, as the stages noted them when
+    they were built or looked up; nothing for what lies outside a stage."""
+    noted: dict[str, str] = {}
+    for name, source in copies.items():
+        files = next((folder for folder in source.parents if (folder.parent / "stage.json").is_file()), None)
+        if files is None:
+            continue
+        of_stage = json.loads((files.parent / "stage.json").read_text(encoding="utf-8"))["files"]
+        inside = source.relative_to(files).as_posix()
+        for file, digest in of_stage.items():
+            if file == inside or file.startswith(f"{inside}/"):
+                noted[name + file.removeprefix(inside)] = digest
+    return noted
+
+
 def _is_intact(entry: Path, key: str) -> bool:
     try:
         stage = json.loads((entry / "stage.json").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hypersd_export.bundle.digest import is_outside, sha256_file
@@ -122,6 +123,7 @@ def write_manifest(
     stages: Sequence[Mapping[str, Any]],
     parity: Mapping[str, Any] | str,
     created: str | None = None,
+    noted: Mapping[str, str] = MappingProxyType({}),
 ) -> Manifest:
     """Hash every file under `bundle` and write manifest.json there; the last thing that is written into a bundle.
 
@@ -136,9 +138,11 @@ def write_manifest(
         stages: for each, name, seconds, peak_mb, cached.
         parity: by component (psnr_db, max_abs, …), or "not verified".
         created: an ISO 8601 time; now, in UTC, if None.
+        noted: the SHA-256 of files that are known already, by name; they are not hashed again.
     """
     files = bundle_files(bundle)
-    digests = _digest_all(list(files.values()))
+    new = [name for name in files if name not in noted]
+    digests = {**noted, **dict(zip(new, _digest_all([files[name] for name in new]), strict=True))}
     manifest = Manifest(
         created=created or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         hypersd=hypersd,
@@ -149,10 +153,7 @@ def write_manifest(
         versions=versions,
         stages=stages,
         parity=parity,
-        files={
-            name: FileEntry(sha256=digest, bytes=path.stat().st_size)
-            for (name, path), digest in zip(files.items(), digests, strict=True)
-        },
+        files={name: FileEntry(sha256=digests[name], bytes=path.stat().st_size) for name, path in files.items()},
     )
     text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (bundle / FILE_NAME).write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ are removed, and names are kept exactly. Weights stay in the file up to `EXTERNA
 `model.onnx_data` beyond (protobuf ends at 2 GB). torch, onnx and onnxscript are imported inside.
 """
 
-import hashlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +17,7 @@ from hypersd_export.errors import MissingBackend, OptionError
 from hypersd_export.graphs.spec import Graph
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import onnx_ir
 
 MODEL_FILE = "model.onnx"
@@ -106,8 +107,38 @@ def _export(graph: Graph, opset: int) -> "tuple[onnx_ir.Model, list[onnx_ir.Valu
         )
         assert program is not None, "the dynamo exporter returns its program"
         weights = list(program.model.graph.initializers.values())
-        program.optimize()
+        optimise(program.model)
     return program.model, weights
+
+
+def optimise(model: "onnx_ir.Model") -> None:
+    """Inline functions, fold constants, and take out what torch's exporter leaves behind, in place.
+
+    That is `onnxscript.optimizer.optimize_ir`, less what `clean` does anyway, and less the rewrite rules that have
+    nothing to do here: one of those takes a time quadratic in the nodes, most of it all for SD 1.5's UNet.
+    """
+    from onnx_ir import passes
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+    from onnxscript.rewriter import RewritePass
+    from onnxscript.rewriter.rules import common as rules
+
+    leftovers = RewritePass(
+        (
+            *(rules.mul_by_1_rule, rules.add_0_rule, rules.sub_0_rule, rules.div_by_1_rule),
+            *(rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_expand_rule, rules.reshape_reshape_rule),
+            *(rules.no_op_transpose_rule, rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule),
+            *(rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule),
+        )
+    )
+    unused = passes.Sequential(common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass())
+    common.InlinePass()(model)
+    for _ in range(2):  # what a rule leaves can be folded again
+        fold_constants(model, onnx_shape_inference=True)
+        leftovers(model)
+        unused(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.NameFixPass()(model)
 
 
 def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any], ...] | None:
@@ -144,6 +175,7 @@ def clean(model: "onnx_ir.Model") -> None:
     from onnx_ir.passes import common
 
     _share_initializers(model)
+    _lay_out_initializers(model)
     passes.Sequential(
         common.ClearMetadataAndDocStringPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -164,7 +196,7 @@ def clean(model: "onnx_ir.Model") -> None:
 
 
 def _share_initializers(model: "onnx_ir.Model") -> None:
-    """Keep one of all equal initialisers, holding digests and not bytes.
+    """Keep one of all equal initialisers. Their bytes are compared only where type, shape and a sample are the same.
 
     onnx_ir's own passes do not serve: one keeps a copy of every weight as a dictionary key, the other refuses arrays
     that are not C-contiguous (transposed weights).
@@ -173,16 +205,47 @@ def _share_initializers(model: "onnx_ir.Model") -> None:
 
     graph = model.graph
     outputs = set(graph.outputs)
-    seen: dict[tuple[Any, tuple[int, ...], bytes], onnx_ir.Value] = {}
+    alike: dict[tuple[Any, tuple[int, ...], bytes], list[onnx_ir.Value]] = {}
     for value in tuple(graph.initializers.values()):
         if value in outputs:
             continue
-        array = value.const_value.numpy()
-        digest = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).digest()
-        first = seen.setdefault((value.const_value.dtype, array.shape, digest), value)  # () and (1,) are not the same
-        if first is not value:
+        array = value.const_value.numpy()  # () and (1,) are not the same
+        known = alike.setdefault((value.const_value.dtype, array.shape, _sample(array)), [])
+        first = next((one for one in known if np.array_equal(_bits(one.const_value.numpy()), _bits(array))), None)
+        if first is None:
+            known.append(value)
+        else:
             value.replace_all_uses_with(first)
             del graph.initializers[value.name]
+
+
+def _sample(array: "npt.NDArray[Any]") -> bytes:
+    """Up to 128 elements from all over an array of any strides, which tell most weights apart."""
+    return array.flat[:: max(1, array.size // 64)].tobytes()
+
+
+def _bits(array: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
+    """The same bytes as integers, in which NaN equals itself and 0.0 is not -0.0."""
+    import numpy as np
+
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _lay_out_initializers(model: "onnx_ir.Model") -> None:
+    """Have transposed weights copied as they are written, one at a time: numpy would write them element by element."""
+    import numpy as np
+    import onnx_ir
+
+    def laid_out(array: "npt.NDArray[Any]") -> onnx_ir.Tensor:
+        return onnx_ir.Tensor(np.ascontiguousarray(array))
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        array = tensor.numpy()
+        if not array.flags.c_contiguous:
+            value.const_value = onnx_ir.LazyTensor(
+                functools.partial(laid_out, array), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name
+            )
 
 
 def save(

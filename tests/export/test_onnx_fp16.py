@@ -83,6 +83,11 @@ def test_half_arithmetic_can_be_seen_on_a_cpu(unet, tmp_path):
 
 def test_a_weight_that_is_no_half_is_refused():
     module = torch.nn.Linear(2, 2)
-    module.weight.data[0, 0] = 1e6
+    module.register_buffer("nothing", torch.zeros(0).half())
+    onnx_fp16.check_weights(module.half(), "unet")
+    module.bias.data[1] = torch.nan
+    with pytest.raises(ModelError, match="unet: bias is beyond fp16's 65504"):
+        onnx_fp16.check_weights(module, "unet")
+    module.float().weight.data[0, 0] = 1e6
     with pytest.raises(ModelError, match="unet: weight is beyond fp16's 65504"):
         onnx_fp16.check_weights(module.half(), "unet")

@@ -5,9 +5,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from hypersd_export.errors import MissingBackend, OptionError
-from hypersd_export.graphs.spec import Graph
+from hypersd_export.graphs.components import build_graph
+from hypersd_export.graphs.spec import Component, Graph, Shapes
+from hypersd_export.targets import onnx_fp16
 from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE, build, clean, save
 
 
@@ -98,6 +102,48 @@ def test_cleaning_shares_weights_that_are_not_contiguous_and_keeps_outputs(tmp_p
         out, kept = session.run(None, {})
         np.testing.assert_array_equal(out, 2 * weight + weight.view(np.int32).astype(np.float32))
         np.testing.assert_array_equal(kept, weight)
+
+
+def test_alike_weights_are_shared_only_if_every_bit_is_the_same():
+    import onnx_ir
+
+    from hypersd_export.targets.onnx import _sample, _share_initializers
+
+    long = np.zeros(1000, np.float32)
+    late, minus, nan = long.copy(), -long, np.full(1000, np.nan, np.float32)
+    late[-1] = 1.0
+    arrays = {"a": long, "late": late, "minus": minus, "nan": nan, "b": long.copy(), "nan again": nan.copy()}
+    arrays |= {"row": long[None], "empty": np.zeros(0, np.float32)}
+    assert _sample(long) == _sample(late)  # so that it is the comparison that tells them apart
+    values = [onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array, name=name)) for name, array in arrays.items()]
+    graph = onnx_ir.Graph([], [], nodes=[], initializers=values, name="g", opset_imports={"": 20})
+    _share_initializers(onnx_ir.Model(graph, ir_version=10))
+    assert list(graph.initializers) == ["a", "late", "minus", "nan", "row", "empty"]
+
+
+@pytest.mark.parametrize("component", [Component.TEXT_ENCODER, Component.UNET, Component.VAE_ENCODER])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_optimiser_leaves_what_the_exporters_own_leaves(tiny_base, tmp_path, monkeypatch, component, half):
+    """Byte by byte: the rewrite rules that are left away have nothing to do in these networks."""
+    from onnxscript.optimizer import optimize_ir
+
+    from hypersd_export.targets import onnx as target
+
+    class_, folder = {
+        Component.TEXT_ENCODER: (CLIPTextModel, "text_encoder"),
+        Component.UNET: (UNet2DConditionModel, "unet"),
+        Component.VAE_ENCODER: (AutoencoderKL, "vae"),
+    }[component]
+    module = class_.from_pretrained(tiny_base / folder).eval().requires_grad_(False)
+    shapes = Shapes(
+        batch=1, unet_batch=1, channels=4, latent_height=4, latent_width=4, vae_scale=4, tokens=16, text_width=32
+    )
+    built = build_graph(component, module.half() if half else module, shapes)
+    make = onnx_fp16.build if half else build
+    make(built, tmp_path / "ours")
+    monkeypatch.setattr(target, "optimise", optimize_ir)
+    make(built, tmp_path / "theirs")
+    assert (tmp_path / "ours" / MODEL_FILE).read_bytes() == (tmp_path / "theirs" / MODEL_FILE).read_bytes()
 
 
 def test_the_same_graph_is_the_same_file(graph, tmp_path):

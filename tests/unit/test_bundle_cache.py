@@ -1,6 +1,7 @@
 """The stage cache: reused when everything that it depends on is the same, whole or absent, never a mixture."""
 
 import errno
+import hashlib
 import os
 import threading
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hypersd_export.bundle import cache as cache_module
-from hypersd_export.bundle.cache import StageCache, default_cache_dir
+from hypersd_export.bundle.cache import StageCache, default_cache_dir, noted_digests
 from hypersd_export.errors import DestinationError, OptionError
 
 
@@ -53,6 +54,19 @@ def test_a_stage_is_built_once(cache: StageCache) -> None:
     assert first.seconds > 0
     assert again.seconds == 0
     assert not any((cache.root / ".building").iterdir())
+
+
+def test_copies_of_its_files_have_the_digests_that_it_noted(cache: StageCache, tmp_path: Path) -> None:
+    stage = cache.get("unet", {"weights": "a"}, Builder())
+    (tmp_path / "outside").write_text("x")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    copies = {
+        "unet/model.onnx": stage.path / "sub" / "model.onnx",
+        "package": stage.path / "sub",
+        "other": stage.path / "su",
+        "outside": tmp_path / "outside",
+    }
+    assert noted_digests(copies) == {"unet/model.onnx": digest, "package/model.onnx": digest}
 
 
 def test_everything_that_it_depends_on_is_in_the_key(cache: StageCache) -> None:

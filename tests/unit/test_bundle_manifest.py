@@ -7,7 +7,14 @@ import pytest
 
 from hypersd_export.bundle import manifest as manifest_module
 from hypersd_export.bundle.digest import sha256_file
-from hypersd_export.bundle.manifest import Manifest, bundle_digest, bundle_files, read_manifest, verify_files
+from hypersd_export.bundle.manifest import (
+    Manifest,
+    bundle_digest,
+    bundle_files,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from hypersd_export.errors import BundleError
 from tests.bundles import seal
 
@@ -28,6 +35,22 @@ def test_lists_every_file_but_itself(sealed: Path) -> None:
     assert (entry.sha256, entry.bytes) == (sha256_file(sealed / "unet" / "model.onnx"), 7)
     assert verify_files(sealed) == manifest
     assert bundle_digest(sealed) == sha256_file(sealed / "manifest.json")
+
+
+def test_what_is_noted_is_not_hashed_again(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = read_manifest(sealed)
+    settings = {key: value for key, value in known.to_json().items() if key not in ("format", "files")}
+    read: list[str] = []
+
+    def hashed(path: Path) -> str:
+        read.append(path.name)
+        return known.files[path.relative_to(sealed).as_posix()].sha256
+
+    monkeypatch.setattr(manifest_module, "sha256_file", hashed)
+    noted = {"unet/model.onnx": known.files["unet/model.onnx"].sha256}
+    assert write_manifest(sealed, **settings, noted=noted) == known
+    assert "model.onnx" not in read
+    assert "plan.json" in read
 
 
 def test_round_trip(sealed: Path) -> None:
