@@ -19,7 +19,7 @@ from hypersd_export.bundle.cache import Stage
 from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.clock import Clock
 from hypersd_export.graphs.span import free_axes, traced_with
-from hypersd_export.graphs.spec import Component
+from hypersd_export.graphs.spec import COMPRESSIBLE, Component
 from hypersd_export.job import Job, code_digests, tool_versions
 from hypersd_export.runtime.ports import Ports
 from hypersd_export.targets import Target
@@ -29,8 +29,6 @@ from hypersd_export.verify import range_scan
 from hypersd_export.verify.range_scan import Drawing, Ranges
 
 COMPOSE = "onnx-pipeline"
-COMPRESSIBLE = (Component.TEXT_ENCODER, Component.TEXT_ENCODER_2, Component.UNET)
-"""Whose weights are compressed, for ONNX and Core ML; not the VAE's, which is small, and the first to show it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,12 +4,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from hypersd_export.build import COMPRESSIBLE, Workshop
+from hypersd_export.build import Workshop
 from hypersd_export.build_coreml import Packages, apart, derived
 from hypersd_export.bundle.cache import Stage
 from hypersd_export.bundle.packages import PIPELINE
 from hypersd_export.coreml_compress import RATED, Compressing, Mixing, Rating
-from hypersd_export.graphs.spec import Component
+from hypersd_export.graphs.spec import COMPRESSIBLE, Component
 from hypersd_export.job import code_digests
 from hypersd_export.targets.coreml import QUANTIZED, vendor
 

@@ -26,6 +26,10 @@ class Component(StrEnum):
         return "vae" if self in (Component.VAE_DECODER, Component.VAE_ENCODER) else self.value
 
 
+COMPRESSIBLE = (Component.TEXT_ENCODER, Component.TEXT_ENCODER_2, Component.UNET)
+"""Whose weights are compressed, for ONNX and Core ML; not the VAE's, which is small, and the first to show it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
     """A free axis of a graph's input: `multiple` times a whole number from `low` to `high`; axes of one name go

@@ -1,10 +1,12 @@
 """The parity gates: how close an artifact must be to torch, and the figures of one component against its gate."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
 
+from hypersd_export.graphs.spec import COMPRESSIBLE
 from hypersd_export.verify.metrics import max_abs, psnr, reported
 
 COMPONENT_DB = {"fp32": 90.0, "fp16": 40.0}
@@ -16,8 +18,11 @@ IMAGE_DB = {"fp32": 50.0, "fp16": 35.0}
 """Least PSNR of the final 8-bit image, by precision; also the golden image's, for every other runtime."""
 COREML_IMAGE_DB = {"fp32": 60.0, "fp16": 35.0}
 """The same for Core ML's packages as the interpreter (`verify/mil`) draws with them."""
-LOSSY_DB = 0.0
-"""The same for compressed weights: what is lost was asked for, and an error as large as the values is none of that."""
+IMAGE = "image"
+LOSSY_DB: Mapping[str, float] = {**{component.value: 15.0 for component in COMPRESSIBLE}, IMAGE: 0.0}
+"""The same where weights are compressed: what is lost was asked for, but not an error as large as the values (10 to 14
+dB). On the built-in model int8 gives 56 dB in the UNet, int4 33, palettes of 2 bits 23; and their pictures 42, 20, 10.
+The VAE's weights are never compressed, so that its gates stay as they are."""
 
 
 @dataclass(slots=True)

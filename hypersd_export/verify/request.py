@@ -21,7 +21,7 @@ class VerifyRequest:
     graph, wherever it lies. out: a folder for golden/ and report.json.
     target: what kind of graph that is; Core ML's packages have `ports` by component where their layout is not ours.
     whole: a package that is the whole pipeline, where there are none of its components.
-    lossy: the weights were compressed, so that figures are taken and hardly judged.
+    lossy: the weights were compressed, so that their gates are low (`gates.LOSSY_DB`).
     compare: False makes the golden files (by torch) and compares nothing.
     golden_db: least PSNR in dB of the golden picture, for every runtime of everything that is published.
     corners: other shapes that the graphs take, at which each is compared too.

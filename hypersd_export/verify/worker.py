@@ -26,7 +26,7 @@ from hypersd_export.runtime.graph import Graph, Runtime, filled
 from hypersd_export.runtime.text import Text, rows
 from hypersd_export.targets import Target
 from hypersd_export.verify.corners import Corner, corners_of
-from hypersd_export.verify.gates import COMPONENT_DB, COREML_IMAGE_DB, IMAGE_DB, LOSSY_DB, Gate
+from hypersd_export.verify.gates import COMPONENT_DB, COREML_IMAGE_DB, IMAGE, IMAGE_DB, LOSSY_DB, Gate
 from hypersd_export.verify.golden import write_golden
 from hypersd_export.verify.request import VerifyRequest
 from hypersd_export.verify.source import Source, check_unchanged, open_source
@@ -72,7 +72,8 @@ class Verification:
 
     def gate(self, name: str, least_db: float) -> Gate:
         """A new gate whose figures go into the report."""
-        gate = Gate(name=name, least_db=min(least_db, LOSSY_DB) if self.request.lossy else least_db)
+        lossy_db = LOSSY_DB.get(name, least_db) if self.request.lossy else least_db
+        gate = Gate(name=name, least_db=min(least_db, lossy_db))
         self.gates.append(gate)
         return gate
 
@@ -344,7 +345,7 @@ def _image(run: Verification) -> None:
 
     request = run.request
     least_db = COREML_IMAGE_DB if request.target is Target.COREML else IMAGE_DB
-    gate = run.gate("image", least_db[request.precision])
+    gate = run.gate(IMAGE, least_db[request.precision])
     pipeline = Pipeline(path=request.bundle, plans=run.plans, digest="", runtime=run.runtime())
     for entry in run.plans.entries:
         run.progress(f"{run.provider}: image in {entry.steps} steps")
