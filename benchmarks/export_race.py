@@ -9,7 +9,6 @@ files included. One more export of ours, with scan and gates, says what those co
 import argparse
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -22,44 +21,38 @@ from typing import Any
 from benchmarks.bench import peers
 from benchmarks.bench.machine import cpu_name
 from benchmarks.results import last_line, one_line_error, write_result
+from hypersd_export.bundle.manifest import read_manifest
 from hypersd_export.errors import HypersdError
 from hypersd_export.usage import measure
 
 OURS = ("--lora", "none", "--steps", "1", "--scheduler", "tcd", "--eta", "0", "--guidance", "1", "--precision", "fp16")
 BARE = ("--no-verify", "--no-golden", "--no-scan")
-STAGE = re.compile(r"^(?P<name>[\w -]+?)\s{2,}(?P<seconds>[\d,.]+) s\s+(?P<mb>[\d,]+) MB", re.MULTILINE)
-IN_ALL = "export in all"
 VERIFICATION = ("onnx-fp16-scan", "verify")
 """The stages that `--no-scan --no-verify --no-golden` leave away."""
 PACKAGES = ("hypersd", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 
-def stages(text: str) -> dict[str, dict[str, float]]:
-    """Seconds and MB of each stage that `hypersd-export` printed."""
-    found = STAGE.finditer(text)
-    return {
-        one["name"]: {"s": float(one["seconds"].replace(",", "")), "mb": float(one["mb"].replace(",", ""))}
-        for one in found
-    }
+def stages(bundle: Path) -> dict[str, dict[str, float]]:
+    """Seconds and MB of each stage, as a bundle's manifest has them."""
+    return {stage["name"]: {"s": stage["seconds"], "mb": stage["peak_mb"]} for stage in read_manifest(bundle).stages}
 
 
-def timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """Wall seconds and peak MB of a command and all that it starts, and what it said; HypersdError if it fails."""
+def timed(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Wall seconds and peak MB of a command and all that it starts; HypersdError if it fails."""
     with measure() as usage:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False, env=dict(environment)
         )  # fmt: skip
     if done.returncode:
         raise HypersdError(f"{Path(command[0]).name} … failed: {last_line(done.stderr)[:300]}")
-    return {"s": round(usage.seconds, 2), "mb": round(usage.peak_mb, 1)}, done.stderr
+    return {"s": round(usage.seconds, 2), "mb": round(usage.peak_mb, 1)}
 
 
 def ours(pipeline: Path, scratch: Path, options: Sequence[str]) -> dict[str, Any]:
     """One export of ours, from nothing."""
     command = [sys.executable, "-m", "hypersd_export.cli", "--base", str(pipeline), *OURS, *options,
                "--out", str(scratch / "bundle"), "--cache-dir", str(scratch / "cache")]  # fmt: skip
-    figures, said = timed(command, os.environ)
-    return figures | {"stages": stages(said)}
+    return timed(command, os.environ) | {"stages": stages(scratch / "bundle")}
 
 
 def optimums(pipeline: Path, scratch: Path) -> dict[str, Any]:
@@ -68,7 +61,7 @@ def optimums(pipeline: Path, scratch: Path) -> dict[str, Any]:
     if python is None:
         raise HypersdError(f"optimum is not installed: {peers.PEERS['optimum']}")
     command = [str(python), str(script), "convert", str(pipeline), str(scratch / "onnx")]
-    return timed(command, peers.peer_environment())[0]
+    return timed(command, peers.peer_environment())
 
 
 def race(pipeline: Path, rounds: int) -> dict[str, Any]:
@@ -90,7 +83,11 @@ def summary(found: Mapping[str, Sequence[Mapping[str, Any]]], proven: Mapping[st
     median = {
         name: {key: statistics.median(one[key] for one in runs) for key in ("s", "mb")} for name, runs in found.items()
     }
-    export = {key: statistics.median(one["stages"][IN_ALL][key] for one in found["ours"]) for key in ("s", "mb")}
+    alone = [one["stages"].values() for one in found["ours"]]
+    export = {
+        "s": statistics.median(sum(stage["s"] for stage in run) for run in alone),
+        "mb": statistics.median(max(stage["mb"] for stage in run) for run in alone),
+    }
     checks = [figures for name, figures in proven["stages"].items() if name in VERIFICATION]
     return {
         "median": {**median, "our export alone": export},
