@@ -186,16 +186,7 @@ def open_graph(
     onnxruntime = import_onnxruntime()
     if not path.is_file():
         raise BundleError(f"{path} is missing: export the bundle again")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Threads that spin while they wait take the CPU from everything else; without it a busy machine is twice as fast.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options = session_options(onnxruntime, threads=threads, optimise=optimise)
     settings = {**OPTIONS.get(wanted, {}), **({"enable_cuda_graph": "1"} if cuda_graph else {})}
     if provider in ("cuda", "tensorrt"):
         _preload(onnxruntime)
@@ -212,6 +203,21 @@ def open_graph(
         results={node.name: _tensor(node, path) for node in session.get_outputs()},
         provider=provider,
     )
+
+
+def session_options(onnxruntime: Any, *, threads: int | None = None, optimise: bool = True) -> Any:
+    """The options of every session; arguments as in `open_graph`. `benchmarks.session_options` measures others."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Threads that spin while they wait take the CPU from everything else; without it a busy machine is twice as fast.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
 
 
 def _tensor(node: Any, path: Path) -> Tensor:
