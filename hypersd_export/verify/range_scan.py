@@ -49,7 +49,8 @@ PROMPTS = (
     "mirror every colour, people with umbrellas, an old tram at the far end, highly detailed, wide, long exposure",
 )
 """Drawn beside the export's own prompt: an empty one, and a long one."""
-PREFIX = "largest."
+LARGEST, SMALLEST = "largest.", "smallest."
+"""Before a value's name: the outputs that measure it."""
 FINITE = 3.4e38
 """What a report says for an infinity or NaN."""
 
@@ -236,9 +237,9 @@ class Probe:
         """The graph's own outputs."""
         found = self.graph.run(**feeds)
         for name, value in found.items():
-            if name.startswith(PREFIX):
-                inner = name.removeprefix(PREFIX)
-                seen = float(value) if math.isfinite(value) else math.inf
+            inner = name.removeprefix(LARGEST).removeprefix(SMALLEST)
+            if inner != name:
+                seen = abs(float(value)) if math.isfinite(value) else math.inf
                 self.largest[inner] = max(self.largest.get(inner, 0.0), seen)
         return {name: found[name] for name in self.outputs}
 
@@ -283,13 +284,12 @@ def ranges(model: "onnx_ir.Model", largest: Mapping[str, float]) -> Ranges:
 
 
 def _measure(model: "onnx_ir.Model", value: "onnx_ir.Value") -> None:
-    """An output with the largest magnitude of a value, leaving out where a mask was added."""
+    """Outputs with the largest and the smallest element of a value, leaving out where a mask was added."""
     import onnx_ir
 
     producer = value.producer()
     assert producer is not None
-    magnitude = onnx_ir.node("Abs", [value], name=f"abs.{value.name}")
-    nodes = [magnitude]
+    seen, nodes = value, []
     added = producer.inputs if producer.op_type == "Add" else ()
     hidden = next((mask for mask in map(_mask, added) if mask is not None), None)
     if hidden is not None:
@@ -298,14 +298,15 @@ def _measure(model: "onnx_ir.Model", value: "onnx_ir.Value") -> None:
             onnx.add_initializer(model.graph, f"{name}.{value.name}", onnx_ir.tensor(array))
             for name, array in arrays.items()
         ]
-        nodes.append(onnx_ir.node("Where", [*constants, magnitude.outputs[0]], name=f"unmasked.{value.name}"))
-    nodes.append(onnx_ir.node("ReduceMax", [nodes[-1].outputs[0]], {"keepdims": 0}, name=f"max.{value.name}"))
-    for node in nodes:
-        node.outputs[0].name = f"{node.name}.out"
-    out = nodes[-1].outputs[0]
-    out.name, out.dtype, out.shape = f"{PREFIX}{value.name}", onnx_ir.DataType.FLOAT, onnx_ir.Shape(())
+        nodes.append(onnx_ir.node("Where", [*constants, value], name=f"unmasked.{value.name}"))
+        seen = nodes[0].outputs[0]
+        seen.name = f"{nodes[0].name}.out"
+    for op, prefix in (("ReduceMax", LARGEST), ("ReduceMin", SMALLEST)):  # a third of the time of Abs and one of them
+        nodes.append(onnx_ir.node(op, [seen], {"keepdims": 0}, name=f"{op}.{value.name}"))
+        out = nodes[-1].outputs[0]
+        out.name, out.dtype, out.shape = f"{prefix}{value.name}", onnx_ir.DataType.FLOAT, onnx_ir.Shape(())
+        model.graph.outputs.append(out)
     model.graph.insert_after(producer, nodes)
-    model.graph.outputs.append(out)
 
 
 def _mask(value: "onnx_ir.Value | None") -> npt.NDArray[np.bool_] | None:
