@@ -312,6 +312,23 @@ def coreml_merge(
         typer.echo(str(out.resolve()))
 
 
+@app.command()
+def ort_cuda(
+    bundle: Annotated[Path, typer.Argument(help="A bundle of ONNX graphs of fixed shapes.")],
+    out: Annotated[Path, typer.Option(help="The new bundle's folder.")] = Path("bundle-ort-cuda"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+) -> None:
+    """Make a bundle with onnxruntime's own CUDA ops inside, which runs with --provider cuda alone."""
+    with one_line_errors(out):
+        from hypersd_export.ort_cuda import to_ort_cuda
+
+        with Progress() as progress:
+            manifest = to_ort_cuda(bundle, out, overwrite=overwrite, reporter=progress)
+        for name, counts in manifest.targets["onnx"]["fused"].items():
+            progress.note(f"{name}: " + ", ".join(f"{count} {op}" for op, count in counts.items()))
+        typer.echo(str(out.resolve()))
+
+
 @cache_app.command("list")
 def cache_list(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     """List the finished stages: name, size, when it was last used."""

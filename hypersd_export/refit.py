@@ -44,6 +44,8 @@ def refit_spec(
     manifest = read_manifest(bundle)
     if "functions" in manifest.targets.get(Target.COREML.value, {}):
         raise OptionError(f"refit: {bundle} holds several exports; refit those that it was merged of, and merge again")
+    if manifest.targets.get(Target.ONNX.value, {}).get("variant"):
+        raise OptionError(f"refit: {bundle} was rewritten by ort-cuda; refit the bundle that it was made from")
     said = {name: value for name, value in (("base", base), ("unet", unet), ("vae", vae)) if value is not None}
     try:
         options = _options(manifest) | said

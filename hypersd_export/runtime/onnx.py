@@ -21,6 +21,8 @@ from hypersd_export.runtime.onnx_binding import DEVICES, BoundGraph, can_bind
 
 PIPELINE_FILE = "pipeline.onnx"
 """The whole pipeline as one graph."""
+ORT_CUDA = "ort-cuda"
+"""The variant of graphs that have onnxruntime's own CUDA ops (`hypersd-export ort-cuda`)."""
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",

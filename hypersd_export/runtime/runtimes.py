@@ -40,9 +40,16 @@ def open_runtime(
     if function is not None and wanted != "coreml":
         raise OptionError(f"function {function}: only Core ML's packages have several, and runtime {wanted!r} does not")
     if wanted == "onnx":
-        from hypersd_export.runtime.onnx import OnnxRuntime
+        from hypersd_export.runtime.onnx import ORT_CUDA, OnnxRuntime
 
-        return OnnxRuntime(path=bundle, provider=provider or "cpu", threads=threads, cuda_graph=cuda_graph)
+        cuda_alone = manifest.targets.get("onnx", {}).get("variant") == ORT_CUDA
+        if cuda_alone and provider not in (None, "cuda"):
+            raise OptionError(
+                f"--provider {provider}: this bundle has onnxruntime's own CUDA ops; give --provider cuda, or use the "
+                "bundle that it was made from"
+            )
+        provider = provider or ("cuda" if cuda_alone else "cpu")
+        return OnnxRuntime(path=bundle, provider=provider, threads=threads, cuda_graph=cuda_graph)
     others = {
         f"--provider {provider}": provider is not None and wanted == "tensorrt",
         f"--threads {threads}": threads is not None,

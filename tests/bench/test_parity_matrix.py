@@ -55,15 +55,16 @@ def test_a_cell_is_the_worst_component_and_the_picture(monkeypatch):
 
 def test_the_command_ends_with_the_refusals(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(parity_matrix, "FORMS", (Form(name="fp32"), Form(name="int8")))
-    answers = iter([{"worst": "unet", "worst_db": 120.0, "image_db": 200.0}] * 9 + [{"error": "no"}])
+    count = 2 * len(PLANS)
+    answers = iter([{"worst": "unet", "worst_db": 120.0, "image_db": 200.0}] * (count - 1) + [{"error": "no"}])
     monkeypatch.setattr(parity_matrix, "cell", lambda spec: next(answers))
     assert main(["--out", str(tmp_path), "--only", "builtin"]) == 1
     data = json.loads((tmp_path / "parity.json").read_text())
-    assert (len(data["rows"]), data["rows"][-1]["error"]) == (10, "no")
+    assert (len(data["rows"]), data["rows"][-1]["error"]) == (count, "no")
     text = (tmp_path / "parity.md").read_text()
     assert "| builtin: ddim, 2 steps | 120, equal | 120, equal |" in text
     assert "| builtin: lcm, 4 steps | 120, equal | REFUSED |" in text
-    assert "10 exports, 1 refused" in text
+    assert f"{count} exports, 1 refused" in text
     assert "lcm, 4 steps: int8: no" in capsys.readouterr().out
 
 
