@@ -230,7 +230,7 @@ def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
         options = manifest.options
         lines.append(("picture", f"{options.get('width')} x {options.get('height')} px, batch {options.get('batch')}"))
         lines += [
-            ("target", f"{name}: {t.get('precision')}" + (f", opset {t['opset']}" if "opset" in t else ""))
+            ("target", f"{name}: {t.get('precision')}{_listed(t, 'opset')}{_listed(t, 'variant')}")
             for name, t in manifest.targets.items()
         ]
         lines.append(("parity", _parity_line(manifest.parity)))
@@ -239,6 +239,10 @@ def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
         lines.append(("digest", bundle_digest(bundle)))
         for name, text in lines:
             typer.echo(f"{name:<8} {text}")
+
+
+def _listed(target: dict[str, Any], key: str) -> str:
+    return f", {key} {target[key]}" if key in target else ""
 
 
 def _parity_line(parity: Any) -> str:

@@ -11,9 +11,8 @@ from hypersd_export.runtime.onnx import session_options
 from tests.bundles import write_unet
 
 CHANGED = {
-    "no arena": {"enable_cpu_mem_arena": False},
+    "arena": {"enable_cpu_mem_arena": True},
     "no memory pattern": {"enable_mem_pattern": False},
-    "neither": {"enable_cpu_mem_arena": False, "enable_mem_pattern": False},
     "by priority": {"execution_order": onnxruntime.ExecutionOrder.PRIORITY_BASED},
     "basic rewriting": {"graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC},
     "extended rewriting": {"graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED},

@@ -193,6 +193,7 @@ def test_the_command_writes_a_bundle_that_runs_on_cuda_alone(exported, command, 
     assert same.read_bytes() == (exported.path / "text_encoder" / "model.onnx").read_bytes()
     assert "## For onnxruntime's CUDA provider alone" in (out / "README.md").read_text(encoding="utf-8")
     assert set(manifest.files) == set(exported.manifest.files)
+    assert "onnx: fp32, opset 20, variant ort-cuda" in CliRunner().invoke(app, ["inspect", str(out)]).output
     for provider, message in (("cpu", "give --provider cuda"), (None, "onnxruntime-gpu")):
         with pytest.raises(Exception, match=message):
             Pipeline.from_bundle(out, provider=provider)
