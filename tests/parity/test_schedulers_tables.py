@@ -36,10 +36,6 @@ EULER_PAIRS = [
     *product((Solver.EULER_ANCESTRAL,), VP_PREDICTIONS[:2]),
 ]
 ZERO_SNR = NoiseSchedule(rescale_betas_zero_snr=True)
-# DDIM with eta 1 from zero SNR: the root of 1 - a_to - std^2, which is 0, is taken of a rounding error there. At these
-# step counts it is negative and diffusers returns NaN, in float32 and (the second set) in float64.
-DDIM_NAN_FLOAT32 = {3, 6, 7, 16, 50}
-DDIM_NAN_FLOAT64 = {5, 8, 11, 15, 50}
 
 
 @pytest.fixture(autouse=True)
@@ -103,14 +99,15 @@ def test_zero_terminal_snr_vp(solver, prediction):
 
 
 def check_ddim_full_noise_from_zero_snr(plan):
-    """Ours is finite always; diffusers' where listed is NaN, elsewhere off by the root of a rounding error."""
-    for double, nan_counts, tolerance in ((False, DDIM_NAN_FLOAT32, 3e-4), (True, DDIM_NAN_FLOAT64, TOLERANCE)):
+    """Ours is finite always; diffusers' is off by the root of a rounding error, or NaN where that is negative: at which
+    numbers of steps depends on the processor.
+
+    With eta 1 it takes the root of 1 - a_to - std^2, which is 0.
+    """
+    for double, tolerance in ((False, 3e-4), (True, TOLERANCE)):
         gap, ours, theirs = compare(plan, double=double)
         assert all(np.isfinite(sample).all() for sample in ours.samples)
-        if plan.num_steps in nan_counts:
-            assert np.isnan(theirs.samples[-1]).all(), plan
-        else:
-            assert gap < tolerance, plan
+        assert gap < tolerance or np.isnan(theirs.samples[-1]).all(), plan
     from dataclasses import replace
 
     assert compare(replace(plan, eta=0.9999))[0] < TOLERANCE, plan
