@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bench.machine import cpu_name
+from benchmarks.bench.tables import interval, number
 from benchmarks.gpu_report import table
 from benchmarks.results import one_line_error, run_module, write_result
 from benchmarks.stats import ratio
@@ -138,8 +139,7 @@ def page(graphs: Mapping[str, Mapping[str, Mapping[str, Any]]], about: str, mach
         for variant, figures in found.items():
             said = [variant]
             for figure, digits in (("load_s", 2), ("call_s", 3), ("peak_mb", 0)):
-                median, interval = figures[figure]["median"], figures[figure]["ratio"]
-                said += [f"{median:,.{digits}f}", "{value:.2f} [{low:.2f}, {high:.2f}]".format(**interval)]
+                said += [number(figures[figure]["median"], digits), interval(figures[figure]["ratio"])]
             lines.append(said)
         text += f"## {name}\n\n" + table(
             ["options", "load, s", "ratio", "call, s", "ratio", "peak, MB", "ratio"], lines
@@ -153,11 +153,11 @@ def measure_all(graphs: Sequence[Path], rounds: int, calls: int, variants: Seque
     found = {}
     for path in graphs:
         runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
-        for number in range(rounds):
-            for variant in random.Random(number).sample(variants, len(variants)):  # none is always behind the same one
+        for turn in range(rounds):
+            for variant in random.Random(turn).sample(variants, len(variants)):  # none is always behind the same one
                 done = run_module(["benchmarks.session_options", str(path), "--one", variant, "--calls", str(calls)])
                 runs[variant].append(json.loads(done))
-            print(f"{path}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            print(f"{path}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
         found["/".join(path.parts[-3:])] = rows(runs)
     return found
 

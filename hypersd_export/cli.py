@@ -22,6 +22,7 @@ app.add_typer(cache_app, name="cache")
 CacheDir = Annotated[Path | None, typer.Option(help="Where finished stages are kept (default: the XDG cache).")]
 Bundle = Annotated[Path, typer.Argument(help="A folder that hypersd-export wrote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -89,7 +90,7 @@ def export_command(
         bool, typer.Option("--allow-approximate-schedule", help="Let Apple's runtime play a plan that is only near.")
     ] = False,
     out: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("bundle"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+    overwrite: Overwrite = False,
     cache_dir: CacheDir = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare with torch.")] = False,
     no_golden: Annotated[
@@ -286,7 +287,7 @@ def refit(
     base: Annotated[str | None, typer.Option(help="Where the base is now (default: the hub id or builtin).")] = None,
     unet: Annotated[str | None, typer.Option(help="Where the other UNet is now.")] = None,
     vae: Annotated[str | None, typer.Option(help="Where the other VAE is now.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+    overwrite: Overwrite = False,
     cache_dir: CacheDir = None,
 ) -> None:
     """Make a bundle again with another LoRA; all other options are those in its manifest."""
@@ -301,7 +302,7 @@ def refit(
 def coreml_merge(
     bundles: Annotated[list[str], typer.Argument(metavar="[NAME=]BUNDLE…", help="Bundles of one base, for iOS18.")],
     out: Annotated[Path, typer.Option(help="The new bundle's folder.")] = Path("bundle-merged"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make one bundle of several for other LoRAs or sizes, whose Core ML packages share their weights."""
     with one_line_errors(out):
@@ -320,7 +321,7 @@ def coreml_merge(
 def ort_cuda(
     bundle: Annotated[Path, typer.Argument(help="A bundle of ONNX graphs of fixed shapes.")],
     out: Annotated[Path, typer.Option(help="The new bundle's folder.")] = Path("bundle-ort-cuda"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a bundle with onnxruntime's own CUDA ops inside, which runs with --provider cuda alone."""
     with one_line_errors(out):

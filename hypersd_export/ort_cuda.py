@@ -17,6 +17,7 @@ from hypersd_export.bundle.manifest import (
     write_manifest,
 )
 from hypersd_export.bundle.publish import check_destination, staged
+from hypersd_export.bundle.span import Span
 from hypersd_export.clock import Clock, Reporter, Silent
 from hypersd_export.errors import BundleError, HypersdError, OptionError, ParityError
 from hypersd_export.graphs.spec import Component
@@ -25,8 +26,6 @@ from hypersd_export.runtime.onnx import ORT_CUDA, PIPELINE_FILE, OnnxRuntime, re
 from hypersd_export.runtime.pipeline import Pipeline
 from hypersd_export.targets import onnx, onnx_cuda, onnx_fp16
 from hypersd_export.verify.metrics import reported
-
-PORTABLE = ("model.onnx", "model.onnx_data")
 
 
 def to_ort_cuda(bundle: Path, out: Path, *, overwrite: bool = False, reporter: Reporter | None = None) -> Manifest:
@@ -65,13 +64,14 @@ def check_bundle(bundle: Path, manifest: Manifest) -> None:
         raise OptionError(f"{bundle} has {manifest.targets['onnx']['variant']} graphs already")
     if (bundle / PIPELINE_FILE).is_file():
         raise OptionError(f"{bundle} is one graph: export it without --single-graph")
-    if any((manifest.options.get("dynamic") or {}).values()):
+    if Span.of(manifest.options) is not None:
         raise OptionError(f"{bundle} has graphs of free shapes: export it without --dynamic")
 
 
 def rewrite(bundle: Path, folder: Path, manifest: Manifest) -> dict[str, dict[str, int]]:
     """Copy the bundle into `folder` with the graphs rewritten; returns how many ops each component has of each kind."""
-    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns(FILE_NAME, *PORTABLE, ".*"), dirs_exist_ok=True)
+    graphs = onnx.MODEL_FILE, onnx.DATA_FILE
+    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns(FILE_NAME, *graphs, ".*"), dirs_exist_ok=True)
     found = {}
     for component in Component:
         path = bundle / component / onnx.MODEL_FILE
@@ -83,8 +83,9 @@ def rewrite(bundle: Path, folder: Path, manifest: Manifest) -> dict[str, dict[st
             found[component.value] = counts
             onnx.write(model, folder / component, precision=manifest.targets["onnx"]["precision"])
         else:
-            for file in path.parent.glob("model.onnx*"):
-                shutil.copyfile(file, folder / component / file.name)
+            for file in (path.with_name(name) for name in graphs):
+                if file.is_file():
+                    shutil.copyfile(file, folder / component / file.name)
     if not found:
         raise BundleError(f"{bundle} has no group norm and no attention that onnxruntime's CUDA ops could stand for")
     return found

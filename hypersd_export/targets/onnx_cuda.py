@@ -84,12 +84,10 @@ def _silu(node: "onnx_ir.Node") -> "onnx_ir.Node | None":
     """The Mul of x · sigmoid(x), if that is all that takes a node's output x."""
     x = node.outputs[0]
     users = {user.op_type: user for user, _ in x.uses()}
-    if len(list(x.uses())) != 2 or set(users) != {"Sigmoid", "Mul"} or x.is_graph_output():
+    if len(x.uses()) != 2 or set(users) != {"Sigmoid", "Mul"} or x.is_graph_output():
         return None
-    gate = users["Sigmoid"].outputs[0]
-    if _only_user(gate, "Mul") is not users["Mul"]:
-        return None
-    return users["Mul"]
+    product = users["Mul"]
+    return product if _only_user(users["Sigmoid"].outputs[0], "Mul") is product else None
 
 
 def _attention(graph: "onnx_ir.Graph", softmax: "onnx_ir.Node") -> bool:

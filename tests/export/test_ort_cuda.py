@@ -247,7 +247,10 @@ def changed(exported, folder, **changes):
             {"targets": {"onnx": {}, "tensorrt": {}}},
             "was exported to onnx, tensorrt: export it with --target onnx alone",
         ),
-        ({"options": {"dynamic": {"batch": [1, 2]}}}, "has graphs of free shapes: export it without --dynamic"),
+        (
+            {"options": {"span": {"batch": [1, 2], "width": [8, 8], "height": [8, 8], "unit": 8}}},
+            "has graphs of free shapes: export it without --dynamic",
+        ),
     ],
 )
 def test_other_bundles_are_refused(exported, command, tmp_path, changes, message):
