@@ -1,7 +1,9 @@
 """Fixtures that several test packages share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 # One thread a test process: the models are tiny, two workers share two cores, and threads that wait for each other
 # cost far more than they save. Set before torch is imported; the tests' own subprocesses inherit it.
@@ -9,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from hypersd_export import worker
+from tests.forked import popen
 from tests.tiny import tiny_sd
 
 
@@ -16,3 +20,12 @@ from tests.tiny import tiny_sd
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Stable Diffusion pipeline as a diffusers folder."""
     return tiny_sd(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """A stage's own process is a fork of this one (see `tests.forked`)."""
+    real = worker.subprocess
+    worker.subprocess = SimpleNamespace(Popen=popen, PIPE=real.PIPE)
+    yield
+    worker.subprocess = real

@@ -9,7 +9,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from hypersd_export.graphs.spec import Graph
 if TYPE_CHECKING:
     import numpy.typing as npt
     import onnx_ir
+    import torch
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
@@ -94,21 +95,46 @@ def _export(graph: Graph, opset: int) -> "tuple[onnx_ir.Model, list[onnx_ir.Valu
     except ModuleNotFoundError as error:
         raise MissingBackend(str(error.name), "export", "the ONNX target") from error
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            graph.module.eval(),
-            tuple(graph.inputs.values()),
-            dynamo=True,
-            dynamic_shapes=_dynamic_shapes(graph),
-            opset_version=opset,
-            input_names=list(graph.inputs),
-            output_names=list(graph.output_names),
-            verbose=False,
-            optimize=False,
-        )
+        program = _translate(graph, opset)
         assert program is not None, "the dynamo exporter returns its program"
         weights = list(program.model.graph.initializers.values())
         optimise(program.model)
     return program.model, weights
+
+
+def _translate(graph: Graph, opset: int) -> "torch.onnx.ONNXProgram | None":
+    """torch.onnx's translation of the graph, traced once where that can be, and by torch.export where not."""
+    import torch
+
+    from hypersd_export.graphs.trace import trace_once
+
+    _remember_torchlib()
+    options: dict[str, Any] = {
+        "opset_version": opset,
+        "input_names": list(graph.inputs),
+        "output_names": list(graph.output_names),
+        "dynamo": True,
+        "verbose": False,
+        "optimize": False,
+    }
+    if not graph.axes:
+        try:
+            return torch.onnx.export(trace_once(graph), (), **options)
+        except RuntimeError:
+            pass
+    inputs, axes = tuple(graph.inputs.values()), _dynamic_shapes(graph)
+    return torch.onnx.export(graph.module.eval(), inputs, dynamic_shapes=axes, **options)
+
+
+@functools.cache
+def _remember_torchlib() -> None:
+    """Keep the list of onnxscript's functions: torch.onnx makes it again for each export, which parses the source of
+    all five hundred, a second's work. Where another version has it elsewhere, nothing is changed."""
+    with suppress(ImportError, AttributeError):
+        from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
+
+        listed = functools.cache(onnxscript_apis.get_torchlib_ops)
+        onnxscript_apis._module.get_torchlib_ops = listed
 
 
 def optimise(model: "onnx_ir.Model") -> None:

@@ -103,11 +103,11 @@ def test_every_weight_and_what_the_modules_compute(checkpoint: Path, modules: di
         for module in modules.values():
             module.eval()
         left = loaded["unet"](x, 9, states).sample
-        torch.testing.assert_close(left, modules["unet"](x, 9, states).sample, rtol=0, atol=1e-6)
+        torch.testing.assert_close(left, modules["unet"](x, 9, states).sample, rtol=0, atol=1e-5)
         left = loaded["vae"].decode(x).sample
-        torch.testing.assert_close(left, modules["vae"].decode(x).sample, rtol=0, atol=1e-6)
+        torch.testing.assert_close(left, modules["vae"].decode(x).sample, rtol=0, atol=1e-5)
         left = loaded["text_encoder"](ids).last_hidden_state
-        torch.testing.assert_close(left, modules["text_encoder"](ids).last_hidden_state, rtol=0, atol=1e-6)
+        torch.testing.assert_close(left, modules["text_encoder"](ids).last_hidden_state, rtol=0, atol=1e-5)
 
 
 def test_what_diffusers_itself_makes_of_the_file(checkpoint: Path, tensors: Weights, modules: dict[str, Any]) -> None:
@@ -329,7 +329,7 @@ def test_an_sdxl_checkpoint(tmp_path: Path) -> None:
             torch.testing.assert_close(loaded[key], tensor, rtol=0, atol=0)
     ids = torch.randint(0, 500, (2, 16))
     mine = model.load("text_encoder_2", torch.float32)(ids)
-    torch.testing.assert_close(mine.text_embeds, modules["text_encoder_2"].eval()(ids).text_embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(mine.text_embeds, modules["text_encoder_2"].eval()(ids).text_embeds, rtol=0, atol=1e-5)
     made = theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(modules["unet"].config))
     assert made.keys() == modules["unet"].state_dict().keys()
     save_file(tensors | {"conditioner.embedders.1.model.extra": torch.ones(1)}, path)
