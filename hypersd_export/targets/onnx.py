@@ -120,7 +120,7 @@ def _translate(graph: Graph, opset: int) -> "torch.onnx.ONNXProgram | None":
     if not graph.axes:
         try:
             return torch.onnx.export(trace_once(graph), (), **options)
-        except RuntimeError:
+        except (RuntimeError, TypeError, AttributeError):  # the latter two from another version of torch
             pass
     inputs, axes = tuple(graph.inputs.values()), _dynamic_shapes(graph)
     return torch.onnx.export(graph.module.eval(), inputs, dynamic_shapes=axes, **options)
