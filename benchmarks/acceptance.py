@@ -28,6 +28,19 @@ class Step:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One bundle that is tried: one of the script's forms, and a number of steps."""
+
+    form: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Such as loop-4."""
+        return f"{self.form}-{self.steps}"
+
+
 class NotInstalled(HypersdError):  # noqa: N818 (says what is wrong, as errors.py does)
     """What is measured against is not installed: that is left out, and no failure."""
 

@@ -13,12 +13,12 @@ the others go on.
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks import acceptance
-from benchmarks.acceptance import Step, Trials, print_step
+from benchmarks.acceptance import Case, Step, Trials, print_step
 from benchmarks.gpu_report import markdown
 from hypersd_export.bundle import engines
 from hypersd_export.bundle.engines import CLASSIC, RTX, engine_records
@@ -39,19 +39,6 @@ FORMS = {
 """How the pipeline is cut into engines, with hypersd-export's options for it; the last are the components' engines of a
 weaker LoRA, which are given the right one's weights afterwards."""
 PACKAGES = ("hypersd", "tensorrt-rtx", "tensorrt", "cuda-bindings", "onnxruntime-gpu", "onnxruntime", "torch", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One bundle."""
-
-    form: str
-    steps: int
-
-    @property
-    def name(self) -> str:
-        """Such as loop-4."""
-        return f"{self.form}-{self.steps}"
 
 
 class Workers(Protocol):

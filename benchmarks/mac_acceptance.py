@@ -12,7 +12,6 @@ the others go on.
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,17 +38,10 @@ STEPS = (1, 4)
 PACKAGES = ("hypersd", "coremltools", "onnxruntime", "torch", "numpy")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One bundle."""
+class Case(acceptance.Case):
+    """One bundle of packages."""
 
-    form: str
-    steps: int
-
-    @property
-    def name(self) -> str:
-        """Such as plain-4."""
-        return f"{self.form}-{self.steps}"
+    __slots__ = ()
 
     def command(self, bundle: Path) -> list[str]:
         """The arguments of `hypersd-export`."""
