@@ -25,7 +25,6 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def forked_workers() -> Iterator[None]:
     """A stage's own process is a fork of this one (see `tests.forked`)."""
-    real = worker.subprocess
-    worker.subprocess = SimpleNamespace(Popen=popen, PIPE=real.PIPE)
-    yield
-    worker.subprocess = real
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "subprocess", SimpleNamespace(Popen=popen, PIPE=worker.subprocess.PIPE))
+        yield

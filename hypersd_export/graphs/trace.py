@@ -2,7 +2,7 @@
 
 `torch.export.export` and the `run_decompositions` of torch.onnx run a network's Python several times, as they allow for
 symbolic shapes, for changes in place and for gradients: of the 27 s that SD 1.5's UNet took to become an ONNX graph,
-they were 17. Our graphs have none of these, and torch.onnx translates their ops as they are called, so that one run of
+they were 15. Our graphs have none of these, and torch.onnx translates their ops as they are called, so that one run of
 `make_fx` on fake tensors gives the same graph. What it cannot trace is refused, for torch.export to do.
 This file owns its torch import.
 """
@@ -46,8 +46,8 @@ def trace_once(graph: Graph) -> TracedProgram:
     Raises `RuntimeError` for what a single run on fake tensors does not show: a tensor that is changed in place, made
     of numbers in the Python code, or asked for its values.
     """
-    module, inputs = graph.module.eval(), dict(graph.inputs)
-    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    module, inputs = graph.module.eval(), tuple(graph.inputs.values())
+    weights = dict(module.named_parameters()) | dict(module.named_buffers())
 
     def call(values: list[torch.Tensor], arguments: list[torch.Tensor]) -> list[torch.Tensor]:
         out = torch.func.functional_call(module, dict(zip(weights, values, strict=True)), tuple(arguments))
@@ -56,17 +56,17 @@ def trace_once(graph: Graph) -> TracedProgram:
     table = {op: op.decompose for op in _COMPOSITE}
     with torch.no_grad():
         made = make_fx(call, decomposition_table=table, tracing_mode="fake", pre_dispatch=True)(
-            list(weights.values()), list(inputs.values())
+            list(weights.values()), list(inputs)
         )
     _check(graph, made.graph)
     return TracedProgram(
         root=made,
         graph=made.graph,
-        graph_signature=_signature(made.graph, weights, list(inputs)),
+        graph_signature=_signature(made.graph, weights),
         state_dict=weights,
         range_constraints={},
         module_call_graph=[ModuleCallEntry(fqn="")],
-        example_inputs=(tuple(inputs.values()), {}),
+        example_inputs=(inputs, {}),
     )
 
 
@@ -78,16 +78,16 @@ def _check(graph: Graph, traced: torch.fx.Graph) -> None:
             raise RuntimeError(f"{graph.name}: {node.format_node()} needs torch.export")
 
 
-def _signature(traced: torch.fx.Graph, weights: Mapping[str, torch.Tensor], inputs: list[str]) -> ExportGraphSignature:
-    """What each placeholder is, weights first, and what comes out."""
+def _signature(traced: torch.fx.Graph, weights: Mapping[str, torch.Tensor]) -> ExportGraphSignature:
+    """What each placeholder is, weights first and then inputs, and what comes out."""
     holders = [TensorArgument(name=node.name) for node in traced.nodes if node.op == "placeholder"]
     specs = [
         InputSpec(kind=InputKind.PARAMETER, arg=holder, target=name)
-        if isinstance(weights[name], torch.nn.Parameter)
+        if isinstance(weight, torch.nn.Parameter)
         else InputSpec(kind=InputKind.BUFFER, arg=holder, target=name, persistent=True)
-        for name, holder in zip(weights, holders, strict=False)
+        for (name, weight), holder in zip(weights.items(), holders[: len(weights)], strict=True)
     ]
-    specs += [InputSpec(kind=InputKind.USER_INPUT, arg=holder, target=None) for holder in holders[-len(inputs) :]]
+    specs += [InputSpec(kind=InputKind.USER_INPUT, arg=holder, target=None) for holder in holders[len(weights) :]]
     (results,) = next(node.args for node in traced.nodes if node.op == "output")
     outputs = [
         OutputSpec(kind=OutputKind.USER_OUTPUT, arg=TensorArgument(name=node.name), target=None) for node in results

@@ -25,9 +25,9 @@ def embedded_once() -> Iterator[None]:
             kept[len(captions)] = real(encoder, tokenizer, captions)
         return kept[len(captions)].clone()
 
-    clip.embed_captions = embed
-    yield
-    clip.embed_captions = real
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip, "embed_captions", embed)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Single-file checkpoints in the original layout: configs from shapes, weights by name, no network."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,17 +98,18 @@ def test_every_weight_and_what_the_modules_compute(checkpoint: Path, modules: di
         assert module.state_dict().keys() == expected.keys()
         for key, tensor in module.state_dict().items():
             torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0)
+    loaded = copy.deepcopy(loaded)  # a mapped file's weights lie anywhere, and kernels round as their alignment has it
     torch.manual_seed(1)
     x, states, ids = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 128), torch.randint(0, 500, (1, 16))
     with torch.no_grad():
         for module in modules.values():
             module.eval()
         left = loaded["unet"](x, 9, states).sample
-        torch.testing.assert_close(left, modules["unet"](x, 9, states).sample, rtol=0, atol=1e-5)
+        torch.testing.assert_close(left, modules["unet"](x, 9, states).sample, rtol=0, atol=1e-6)
         left = loaded["vae"].decode(x).sample
-        torch.testing.assert_close(left, modules["vae"].decode(x).sample, rtol=0, atol=1e-5)
+        torch.testing.assert_close(left, modules["vae"].decode(x).sample, rtol=0, atol=1e-6)
         left = loaded["text_encoder"](ids).last_hidden_state
-        torch.testing.assert_close(left, modules["text_encoder"](ids).last_hidden_state, rtol=0, atol=1e-5)
+        torch.testing.assert_close(left, modules["text_encoder"](ids).last_hidden_state, rtol=0, atol=1e-6)
 
 
 def test_what_diffusers_itself_makes_of_the_file(checkpoint: Path, tensors: Weights, modules: dict[str, Any]) -> None:
@@ -329,7 +331,7 @@ def test_an_sdxl_checkpoint(tmp_path: Path) -> None:
             torch.testing.assert_close(loaded[key], tensor, rtol=0, atol=0)
     ids = torch.randint(0, 500, (2, 16))
     mine = model.load("text_encoder_2", torch.float32)(ids)
-    torch.testing.assert_close(mine.text_embeds, modules["text_encoder_2"].eval()(ids).text_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine.text_embeds, modules["text_encoder_2"].eval()(ids).text_embeds, rtol=0, atol=1e-6)
     made = theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(modules["unet"].config))
     assert made.keys() == modules["unet"].state_dict().keys()
     save_file(tensors | {"conditioner.embedders.1.model.extra": torch.ones(1)}, path)
