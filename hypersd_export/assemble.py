@@ -1,5 +1,6 @@
 """What stands in a bundle beside the graphs: tokenizer, scheduler, model_index.json, plan.json, card, licences."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -29,7 +30,7 @@ def assemble(job: Job, built: Sequence[Built], bundle: Path) -> None:
     """
     for each in built:
         for name, source in each.files.items():
-            _copy(source, bundle / name)
+            _place(source, bundle / name, job.cache.root)
     call = diffusers_scheduler(job.plans.default.plan)
     job.source.base.write_tokenizers(bundle)
     if (bundle / Component.UNET / MODEL_FILE).is_file():
@@ -42,13 +43,21 @@ def assemble(job: Job, built: Sequence[Built], bundle: Path) -> None:
     (bundle / "LICENSES").write_text(licenses(job), encoding="utf-8")
 
 
-def _copy(source: Path, to: Path) -> None:
-    """A file or a folder."""
+def _place(source: Path, to: Path, cache: Path) -> None:
+    """A file or a folder; a stage's file as a second name of it, where the disk can and no other bundle has one.
+
+    So nothing of gigabytes is written twice. Whoever changes a bundle's file in place changes the stage, which the
+    cache then builds again as its digest is another; a second bundle must not change with it, and has a copy.
+    """
     to.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, to)
-    else:
-        shutil.copyfile(source, to)
+        return
+    if source.is_relative_to(cache) and source.stat().st_nlink == 1:
+        with contextlib.suppress(OSError):  # another disk, or one without such names
+            to.hardlink_to(source)
+            return
+    shutil.copyfile(source, to)
 
 
 def licenses(job: Job) -> str:

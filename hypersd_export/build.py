@@ -4,9 +4,9 @@
 asks the `Workshop` for the graphs of its precision; whether those are published too is not its business.
 """
 
+import contextlib
 import dataclasses
 import functools
-import gc
 import json
 import shutil
 import tempfile
@@ -18,8 +18,8 @@ from typing import Any
 from hypersd_export.bundle.cache import Stage
 from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.clock import Clock
-from hypersd_export.graphs.span import free_axes, traced_with
 from hypersd_export.graphs.spec import COMPRESSIBLE, Component
+from hypersd_export.helper import Helper, pays
 from hypersd_export.job import Job, code_digests, tool_versions
 from hypersd_export.runtime.ports import Ports
 from hypersd_export.targets import Target
@@ -162,19 +162,39 @@ class Workshop:
         return OnnxGraphs(precision=precision, components=components, whole=whole, ranges=ranges)
 
     def _components(self, precision: str) -> dict[Component, Stage]:
-        def build(component: Component, folder: Path) -> None:
-            self.check_loras()
-            build_component(self.job, component, precision, folder)
-            gc.collect()  # exported programs are full of cycles, and the next component needs the room
+        """One after the other, and where that pays, some in a helper meanwhile (see `hypersd_export.helper`)."""
+        job, cache = self.job, self.job.cache
+        task = job.component_task(precision)
+        depends = functools.cache(lambda component: job.component_depends(Target.ONNX, component, precision))
+        names = {component: _name(precision, component) for component in job.components}
+        absent = [c for c, name in names.items() if cache.absent(name, functools.partial(depends, c))]
+        order = self._shared(absent)
+        with contextlib.ExitStack() as end:
+            helper = None
+            if order:
+                scratch = end.enter_context(cache.scratch("helper"))
+                helper = end.enter_context(Helper(task, order[:0:-1], scratch))
 
-        return {
-            component: self.stage(
-                _name(precision, component),
-                self.job.component_depends(Target.ONNX, component, precision),
-                functools.partial(build, component),
-            )
-            for component in self.job.components
-        }
+            def build(component: Component, folder: Path) -> None:
+                self.check_loras()
+                if helper is None or not helper.took(component, folder):
+                    task.build(job.source, component, folder)
+
+            built = {
+                component: self.stage(names[component], depends(component), functools.partial(build, component))
+                for component in dict.fromkeys((*order, *job.components))
+            }
+        return {component: built[component] for component in job.components}
+
+    def _shared(self, absent: Sequence[Component]) -> tuple[Component, ...]:
+        """The components that are built by two processes, in this one's order; () where one is to build them all."""
+        others = [component for component in absent if component is not Component.UNET]
+        jobs, parts = self.job.spec.jobs, self.job.source.base.parts
+        if jobs == 1 or not others or Component.UNET not in absent:
+            return ()
+        if jobs is None and not pays([path for component in others for path in parts[component.source].files]):
+            return ()
+        return (Component.UNET, *reversed(others))
 
     def _scan(self, components: Mapping[Component, Stage]) -> dict[Component, Ranges]:
         """The range scan of fp16 graphs, and what it found in one line a component."""
@@ -217,32 +237,6 @@ class Workshop:
 def _name(precision: str, what: str) -> str:
     """A stage's name: onnx-unet, and with the precision where it is another one."""
     return f"onnx-{what}" if precision == "fp32" else f"onnx-{precision}-{what}"
-
-
-def build_component(job: Job, component: Component, precision: str, folder: Path) -> None:
-    """Load → fuse → graph → ONNX, for one component, into `folder`; build.json there says how it went."""
-    import torch
-
-    from hypersd_export.graphs.components import build_graph, component_config
-    from hypersd_export.targets import onnx, onnx_fp16
-
-    half = precision == "fp16"
-    # Fused in float32 and rounded once; where nothing is fused there is no need of a float32 copy.
-    fuses = bool(job.source.loras_of(component.source))
-    module, fused = job.source.load(component.source, torch.float32 if fuses or not half else torch.float16)
-    if half:
-        onnx_fp16.check_weights(module.half(), component)
-    guidance = job.embedded_guidance if component is Component.UNET else None
-    config = component_config(component, module, job.shapes) | job.source.base.marks(component.source)
-    shapes, axes = job.shapes, {}
-    if job.span is not None:
-        shapes, axes = traced_with(job.span, job.shapes), free_axes(job.span, component, job.shapes)
-    graph = build_graph(component, module, shapes, embedded_guidance=guidance)
-    graph = dataclasses.replace(graph, axes=axes)
-    build = onnx_fp16.build if half else onnx.build
-    built = build(graph, folder, opset=job.spec.opset)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _write_json(folder / "build.json", {"built": built, "fused": fused, "fp32_nodes": []})
 
 
 def keep_ops(raw: Path, names: Sequence[str], folder: Path) -> None:

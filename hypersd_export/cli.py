@@ -100,6 +100,7 @@ def export_command(
         bool,
         typer.Option("--no-scan", help="Do not look for ops that overflow in fp16 graphs (pictures may be black)."),
     ] = False,
+    jobs: Annotated[int | None, typer.Option(help="Processes that build graphs, 1 or 2 (default: what pays).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .ckpt and .bin (weights only).")] = False,
 ) -> None:
@@ -171,6 +172,7 @@ def export_command(
             verify=not no_verify,
             golden=not no_golden,
             scan=not no_scan,
+            jobs=jobs,
             allow_pickle=allow_pickle,
         )
         if dry_run:
@@ -199,8 +201,10 @@ def _dry_run(spec: "ExportSpec") -> None:
 
 
 def _export(spec: "ExportSpec") -> None:
+    from hypersd_export.collector import none_at_exit
     from hypersd_export.export import export
 
+    none_at_exit()
     with Progress() as progress:
         exported = export(spec, reporter=progress)
     progress.table(exported.stages)

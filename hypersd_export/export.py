@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypersd_export import __version__
+from hypersd_export import __version__, collector
 from hypersd_export.assemble import assemble, write_card
 from hypersd_export.build import COMPOSE, Built, Workshop
 from hypersd_export.bundle.cache import noted_digests
@@ -51,7 +51,8 @@ def export(spec: ExportSpec, *, reporter: Reporter | None = None, isolate: bool 
         job = open_job(spec)
         announce(job, reporter)
     workshop = Workshop(job, clock)
-    built = [workshop.build(target) for target in spec.targets]
+    with collector.paused():
+        built = [workshop.build(target) for target in spec.targets]
     with staged(spec.out, overwrite=spec.overwrite) as bundle:
         with clock.stage(ASSEMBLE):
             assemble(job, built, bundle)

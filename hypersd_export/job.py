@@ -14,6 +14,7 @@ from hypersd_export.bundle.cache import StageCache, default_cache_dir
 from hypersd_export.bundle.digest import digest_tree, sha256_file
 from hypersd_export.bundle.span import Span
 from hypersd_export.bundle.texts import encoders_of
+from hypersd_export.component import ComponentTask
 from hypersd_export.diffusion import LORA_METADATA_KEY, GuidanceKind, PlanFile
 from hypersd_export.diffusion.apple import APPLE_DPMPP, MAX_EXACT_STEPS, apple_timesteps, plays_exactly
 from hypersd_export.errors import MissingBackend, OptionError, PlanError
@@ -133,6 +134,13 @@ class Job:
             "code": code_digests(("graphs", "targets", "model", "verify/source.py")),
         }
 
+    def component_task(self, precision: str) -> ComponentTask:
+        """How the ONNX graphs of this precision are built."""
+        return ComponentTask(
+            source=self.request, shapes=self.shapes, span=self.span, embedded_guidance=self.embedded_guidance,
+            precision=precision, opset=self.spec.opset,
+        )  # fmt: skip
+
     def verify_depends(self, components: Mapping[str, str], precision: str, golden_db: float) -> dict[str, Any]:
         """All that golden files and parity figures of graphs of this precision depend on; `components` are their
         cache keys, `golden_db` the golden picture's bound."""
@@ -172,7 +180,7 @@ class Job:
     def options(self) -> dict[str, Any]:
         """The resolved options for the manifest: no paths of this machine, only file names."""
         options = self.spec.to_json()
-        for name in ("out", "cache_dir", "overwrite"):
+        for name in ("out", "cache_dir", "overwrite", "jobs"):
             del options[name]
         options |= {name: public_name(options[name]) for name in ("base", "unet", "vae")}
         options["precision"] = {target.value: self.spec.precision_of(target) for target in self.spec.targets}

@@ -118,6 +118,8 @@ class ExportSpec:
     """Whether torch draws the golden picture; it may be left away only where nothing is compared anyway."""
     scan: bool = True
     """Whether fp16 graphs are searched for ops that overflow; without it none is kept in float32."""
+    jobs: int | None = None
+    """How many processes build ONNX graphs: 1 or 2; None for 2 where that pays and there is the memory."""
     allow_pickle: bool = False
     refit_from: Path | None = None
     """The bundle that this one is with another LoRA: its TensorRT engines are refitted, not built."""
@@ -129,6 +131,8 @@ class ExportSpec:
             raise OptionError(f"--batch {self.batch}: from 1 to {MAX_BATCH}")
         if self.size is not None and not all(0 < side <= MAX_SIDE for side in self.size):
             raise OptionError(f"--size {self.size[0]}x{self.size[1]}: each side from 1 to {MAX_SIDE} pixels")
+        if self.jobs not in (None, 1, 2):
+            raise OptionError(f"--jobs {self.jobs}: 1 or 2 processes build the graphs")
         _check_dynamic(self)
         if self.single_graph and len(self.plan.steps or ()) > 1:
             listed = ",".join(map(str, self.plan.steps or ()))

@@ -21,9 +21,9 @@ INTERRUPTED = 130
 
 def run_worker(
     module: str, request: Path, report: Path, *, progress: Callable[[str], None],
-    failure: Callable[[int, str], HypersdError],
+    failure: Callable[[int, str], HypersdError], started: Callable[["subprocess.Popen[str]"], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the worker wrote into `report`; `progress` is told each line of its standard output.
+    """What the worker wrote into `report`; `progress` is told each line of its standard output, `started` its process.
 
     Raises `failure(exit code, standard error)` for one that ended without a report, and KeyboardInterrupt.
     """
@@ -34,6 +34,7 @@ def run_worker(
     ):
         try:
             assert worker.stdout is not None
+            started(worker)
             for line in worker.stdout:
                 progress(line.strip())
         except BaseException:  # Ctrl-C: the worker must not outlive us

@@ -149,22 +149,38 @@ class StageCache:
         """`get(...).path`."""
         return self.get(name, depends, build).path
 
-    def _build(self, name: str, key: str, depends: Mapping[str, Any], build: Callable[[Path], None]) -> None:
-        scratch, lock = self._open_scratch(name)
+    def absent(self, name: str, depends: Callable[[], Mapping[str, Any]]) -> bool:
+        """Whether a stage is surely not there. What it depends on is not asked for where no stage has its name."""
+        stages = self.root / name
+        return not stages.is_dir() or not (stages / self.key(name, depends()) / "stage.json").is_file()
+
+    @contextlib.contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """A folder on the cache's disk, gone when the block ends; that of a killed process goes with the next one."""
+        folder, lock = self._open_scratch(name)
         try:
+            yield folder
+        finally:
+            release(lock)
+            remove_tree(folder)
+
+    def _build(self, name: str, key: str, depends: Mapping[str, Any], build: Callable[[Path], None]) -> None:
+        with self.scratch(name) as scratch, self._told_if_full():
             files = scratch / "files"
             files.mkdir()
             build(files)
             stage = {"format": FORMAT, "name": name, "key": key, "depends": depends, "files": _digests(files)}
             (scratch / "stage.json").write_text(json.dumps(stage, indent=1), encoding="utf-8")
             self._install(scratch, self.root / name / key, key)
+
+    @contextlib.contextmanager
+    def _told_if_full(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             if is_disk_full(error) and not isinstance(error, HypersdError):
                 raise disk_full(self.root, "free some (hypersd-export cache prune), or use --cache-dir") from error
             raise
-        finally:
-            release(lock)
-            remove_tree(scratch)
 
     def _open_scratch(self, name: str) -> tuple[Path, int | None]:
         building = self.root / ".building"

@@ -9,12 +9,14 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypersd_export.errors import MissingBackend, OptionError
 from hypersd_export.graphs.spec import Graph
+from hypersd_export.model.pages import drop_pages
+from hypersd_export.targets import onnx_lean
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -28,6 +30,8 @@ OPSETS = range(18, 24)
 """What torch.onnx (2.13) can write: 18 is its own opset, 23 its latest."""
 EXTERNAL_DATA_BYTES = 1_500_000_000
 EXTERNAL_TENSOR_BYTES = 1024
+RELIEF_BYTES = 400_000_000
+"""So much of mapped weights at most is resident while they are written."""
 
 
 def check_options(*, opset: int) -> None:
@@ -108,7 +112,6 @@ def _translate(graph: Graph, opset: int) -> "torch.onnx.ONNXProgram | None":
 
     from hypersd_export.graphs.trace import trace_once
 
-    _remember_torchlib()
     options: dict[str, Any] = {
         "opset_version": opset,
         "input_names": list(graph.inputs),
@@ -119,22 +122,14 @@ def _translate(graph: Graph, opset: int) -> "torch.onnx.ONNXProgram | None":
     }
     if not graph.axes:
         try:
-            return torch.onnx.export(trace_once(graph), (), **options)
+            program = trace_once(graph)
+            with onnx_lean.lean_translation(program):
+                return torch.onnx.export(program, (), **options)
         except (RuntimeError, TypeError, AttributeError):  # the latter two from another version of torch
             pass
+    onnx_lean.remember_functions()
     inputs, axes = tuple(graph.inputs.values()), _dynamic_shapes(graph)
     return torch.onnx.export(graph.module.eval(), inputs, dynamic_shapes=axes, **options)
-
-
-@functools.cache
-def _remember_torchlib() -> None:
-    """Keep the list of onnxscript's functions: torch.onnx makes it again for each export, which parses the source of
-    all five hundred, a second's work. Where another version has it elsewhere, nothing is changed."""
-    with suppress(ImportError, AttributeError):
-        from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
-
-        listed = functools.cache(onnxscript_apis.get_torchlib_ops)
-        onnxscript_apis._module.get_torchlib_ops = listed
 
 
 def optimise(model: "onnx_ir.Model") -> None:
@@ -160,7 +155,8 @@ def optimise(model: "onnx_ir.Model") -> None:
     unused = passes.Sequential(common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass())
     common.InlinePass()(model)
     for _ in range(2):  # what a rule leaves can be folded again
-        fold_constants(model, onnx_shape_inference=True)
+        with onnx_lean.lean_inference():
+            fold_constants(model, onnx_shape_inference=True)
         leftovers(model)
         unused(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -284,9 +280,24 @@ def save(
         (folder / name).unlink(missing_ok=True)
     file, data = names
     if external:
-        onnx_ir.save(model, folder / file, external_data=data, size_threshold_bytes=EXTERNAL_TENSOR_BYTES)
+        size, relief = EXTERNAL_TENSOR_BYTES, Relief()
+        onnx_ir.save(model, folder / file, external_data=data, size_threshold_bytes=size, callback=relief)
     else:
         onnx_ir.save(model, folder / file)
+
+
+class Relief:
+    """Told of each weight that is read next: gives back the memory of those that were read from mapped files."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __call__(self, tensor: "onnx_ir.TensorProtocol | torch.Tensor", _: Any = None) -> None:
+        """Before `tensor` is read."""
+        self.read += tensor.nbytes
+        if self.read > RELIEF_BYTES:
+            drop_pages()
+            self.read = 0
 
 
 def check(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:

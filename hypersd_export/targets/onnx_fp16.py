@@ -30,7 +30,9 @@ def check_weights(module: "torch.nn.Module", what: str) -> None:
     """`ModelError` for a weight that is no number in fp16, which no choice of ops could mend."""
     import torch
 
+    relief = onnx.Relief()
     for name, weight in module.state_dict().items():
+        relief(weight)
         if weight.dtype != torch.float16 or not weight.numel():
             continue
         # Either end is NaN if any weight is. Many times as fast as isfinite, which has no vectorised kernel for half.
