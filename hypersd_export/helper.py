@@ -48,6 +48,7 @@ class Helper:
         self.folder = folder
         self._ends: dict[Component, Future[None]] = {component: Future() for component in components}
         self._process: subprocess.Popen[str] | None = None
+        self._begun = threading.Event()
         request = {"task": task.to_json(), "components": list(components), "folder": str(folder)}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         self._thread = threading.Thread(target=self._run, name=MODULE, daemon=True)
@@ -57,6 +58,7 @@ class Helper:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._begun.wait()
         if self._process is not None:
             self._process.terminate()
         self._thread.join()
@@ -87,12 +89,14 @@ class Helper:
                 reason = reported_error(report["error"])
         except (HypersdError, KeyboardInterrupt, OSError, ValueError):
             pass  # it is of use alone
+        self._begun.set()
         for end in self._ends.values():
             if not end.done():
                 end.set_exception(reason)
 
     def _started(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
+        self._begun.set()
 
     def _finished(self, line: str) -> None:
         with contextlib.suppress(ValueError, KeyError):  # what some library prints

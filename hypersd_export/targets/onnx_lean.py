@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import onnx_ir
     from torch.export import ExportedProgram
 
-INSERTED = "aten::_to_copy"
-"""The op that type promotion may put into a program."""
+INSERTED = ("aten::_to_copy", "aten::scalar_tensor")
+"""The ops that type promotion may put into a program."""
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def _functions(program: "ExportedProgram") -> tuple[Any, str, Any]:
 
     module, listed = _lister()
     targets = (node.target for node in program.graph.nodes if node.op == "call_function")
-    needed = {INSERTED, *(target.name().partition(".")[0] for target in targets if hasattr(target, "name"))}
+    needed = {*INSERTED, *(target.name().partition(".")[0] for target in targets if hasattr(target, "name"))}
     everything = registration.default_registry
     some = {
         name: functions

@@ -1,6 +1,7 @@
 """graphs/trace.py: one run of a network's Python gives the graph that torch.export gives, for every family."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from benchmarks.random_pipeline import FAMILIES, tiny_parts_of
 from hypersd_export.graphs import trace
 from hypersd_export.graphs.components import build_graph
 from hypersd_export.graphs.spec import Component, Graph, Shapes, resolve_shapes
-from hypersd_export.targets import onnx, onnx_fp16
+from hypersd_export.targets import onnx, onnx_fp16, onnx_lean
 from hypersd_export.targets.onnx import MODEL_FILE
 
 CASES = [
@@ -120,10 +121,66 @@ def test_half_too(by_torch_export, tmp_path):
 def test_every_component_is_traced_once(family, component, monkeypatch):
     """torch.export is for what cannot be: were it needed here, nothing but the time would show it."""
     monkeypatch.setattr(torch.export, "export", None)
+    monkeypatch.setattr(onnx_lean, "remember_functions", None)
     graph = small(family, component)
     program = trace.trace_once(graph)
+    assert onnx._translate(graph, 20) is not None
     assert program.run_decompositions({}) is program
     assert dict(program.named_parameters()).keys() == dict(graph.module.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("component", [Component.TEXT_ENCODER, Component.UNET, Component.VAE_ENCODER])
+def test_the_lean_translation_is_the_whole_one(component, half, monkeypatch):
+    """Less work for torch.onnx and onnxscript, the same nodes."""
+    monkeypatch.setattr(onnx_lean, "remember_functions", None)  # which comes before torch.export
+    graph = small("sd15", component, half=half)
+    lean = anonymous(exported(graph))
+    monkeypatch.setattr(onnx_lean, "lean_translation", lambda _: nullcontext())
+    monkeypatch.setattr(onnx_lean, "lean_inference", nullcontext)
+    assert lean == anonymous(exported(graph))
+
+
+def test_translating_leaves_torch_onnx_as_it_was():
+    from onnx_ir import schemas
+    from onnxscript.optimizer._constant_folding import FoldConstantsPass
+    from torch.onnx._internal.exporter import _fx_passes
+
+    def internals() -> list[Any]:
+        owners = {schemas.OpSignature: "from_op_schema", FoldConstantsPass: "_do_inference"}
+        owners |= {_fx_passes: "insert_type_promotion_nodes", onnx_lean._lister()[0]: "get_torchlib_ops"}
+        return [vars(owner)[name] for owner, name in owners.items()]
+
+    before = internals()
+    graph = small("sd15", Component.VAE_ENCODER)
+    program = trace.trace_once(graph)
+    with onnx_lean.lean_translation(program), onnx_lean.lean_inference():
+        assert all(now is not then for now, then in zip(internals(), before, strict=True))
+    assert all(now is then for now, then in zip(internals(), before, strict=True))
+
+
+def test_another_version_of_torch_onnx_is_left_alone(monkeypatch):
+    from torch.onnx._internal.exporter import _fx_passes
+
+    monkeypatch.delattr(_fx_passes, "insert_type_promotion_nodes")
+    with onnx_lean.lean_translation(trace.trace_once(small("sd15", Component.VAE_ENCODER))):
+        assert not hasattr(_fx_passes, "insert_type_promotion_nodes")
+
+
+class Mixed(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.ones_like(x, dtype=torch.float64)
+
+
+def test_a_program_of_several_dtypes_is_promoted(tmp_path):
+    """torch multiplies float32 and float64 as float64, and ONNX not at all: the cast has to be put in."""
+    graph = Graph(name="mixed", module=Mixed(), inputs={"x": torch.ones(2)}, output_names=("y",), axes={})
+    assert onnx_lean.mixes_dtypes(trace.trace_once(graph))
+    onnx.build(graph, tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / MODEL_FILE, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": np.ones(2, np.float32)})
+    assert y.dtype == np.float64
+    assert not onnx_lean.mixes_dtypes(trace.trace_once(small("sd15", Component.UNET)))
 
 
 class InPlace(torch.nn.Module):

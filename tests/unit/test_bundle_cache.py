@@ -222,3 +222,33 @@ def test_use_makes_an_entry_young_again(cache: StageCache) -> None:
     os.utime(stage, (0, 0))
     assert cache.lookup("unet", {}) is not None
     assert cache.prune(older_than_days=1) == (0, 0)
+
+
+def test_a_stage_of_an_unknown_name_is_absent_whatever_it_depends_on(cache: StageCache) -> None:
+    asked = []
+
+    def depends() -> dict[str, str]:
+        asked.append(True)
+        return {"weights": "a"}
+
+    assert cache.absent("unet", depends)
+    assert not asked
+    cache.get("unet", {"weights": "b"}, Builder())
+    assert cache.absent("unet", depends)
+    cache.get("unet", {"weights": "a"}, Builder())
+    assert not cache.absent("unet", depends)
+    assert len(asked) == 2
+
+
+def test_a_scratch_folder_is_of_the_caches_disk_and_goes(cache: StageCache) -> None:
+    def break_off() -> None:
+        with cache.scratch("helper") as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "model.onnx").write_text("half of it")
+            assert folder.parent.parent == cache.root
+            raise ValueError("body")
+
+    with pytest.raises(ValueError, match="body"):
+        break_off()
+    assert not any((cache.root / ".building").iterdir())
+    assert cache.entries() == []
