@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from hypersd_export.bundle.cache import Stage
 from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.clock import Clock
+from hypersd_export.component import import_unet
 from hypersd_export.graphs.spec import COMPRESSIBLE, Component
 from hypersd_export.helper import Helper, pays
 from hypersd_export.job import Job, code_digests, tool_versions
@@ -174,6 +176,10 @@ class Workshop:
             if order:
                 scratch = end.enter_context(cache.scratch("helper"))
                 helper = end.enter_context(Helper(task, order[:0:-1], scratch))
+                with ThreadPoolExecutor(1) as aside:  # gigabytes are hashed, which lets other Python run
+                    digest = aside.submit(lambda: job.source.base.digest)
+                    import_unet()
+                    digest.result()
 
             def build(component: Component, folder: Path) -> None:
                 self.check_loras()

@@ -74,3 +74,11 @@ class ComponentTask:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         notes = {"built": built, "fused": fused, "fp32_nodes": []}
         (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
+
+
+def import_unet() -> None:
+    """Import what building a UNet's graph imports, which takes seconds."""
+    import onnxscript  # noqa: F401
+    from diffusers import UNet2DConditionModel  # noqa: F401
+
+    from hypersd_export.graphs import components, trace  # noqa: F401

@@ -18,11 +18,14 @@ class Ring:
 
 @pytest.fixture(autouse=True)
 def collector_off() -> Iterator[None]:
-    """No collection but those of the test; everything older is out of its way."""
-    was_on = gc.isenabled()
+    """No collection but those of the test, and nothing frozen."""
+    was_on, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
+    gc.unfreeze()
     yield
     gc.unfreeze()
+    if frozen:
+        gc.freeze()
     if was_on:
         gc.enable()
 
