@@ -1,11 +1,11 @@
 """What stands in a bundle beside the graphs: tokenizer, scheduler, model_index.json, plan.json, card, licences."""
 
-import contextlib
 import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hypersd_export import __version__
@@ -23,14 +23,18 @@ from hypersd_export.targets.onnx import MODEL_FILE
 TARGET_NAMES = {Target.ONNX: "ONNX", Target.TENSORRT: "TensorRT", Target.COREML: "Core ML"}
 
 
-def assemble(job: Job, built: Sequence[Built], bundle: Path) -> None:
-    """Write all but golden/, the card and the manifest into the empty folder `bundle`.
+def assemble(
+    job: Job, built: Sequence[Built], bundle: Path, delivered: Mapping[str, Path] = MappingProxyType({})
+) -> None:
+    """Write all but golden/, the card and the manifest into the folder `bundle`, which is empty but for what was
+    `delivered`: by name, which file each is a copy of.
 
     model_index.json is for other pipelines of the ONNX graphs, so that it is there only if those are.
     """
     for each in built:
         for name, source in each.files.items():
-            _place(source, bundle / name, job.cache.root)
+            if delivered.get(name) != source:
+                _copy(source, bundle / name)
     call = diffusers_scheduler(job.plans.default.plan)
     job.source.base.write_tokenizers(bundle)
     if (bundle / Component.UNET / MODEL_FILE).is_file():
@@ -43,21 +47,13 @@ def assemble(job: Job, built: Sequence[Built], bundle: Path) -> None:
     (bundle / "LICENSES").write_text(licenses(job), encoding="utf-8")
 
 
-def _place(source: Path, to: Path, cache: Path) -> None:
-    """A file or a folder; a stage's file as a second name of it, where the disk can and no other bundle has one.
-
-    So nothing of gigabytes is written twice. Whoever changes a bundle's file in place changes the stage, which the
-    cache then builds again as its digest is another; a second bundle must not change with it, and has a copy.
-    """
+def _copy(source: Path, to: Path) -> None:
+    """A file or a folder."""
     to.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, to)
-        return
-    if source.is_relative_to(cache) and source.stat().st_nlink == 1:
-        with contextlib.suppress(OSError):  # another disk, or one without such names
-            to.hardlink_to(source)
-            return
-    shutil.copyfile(source, to)
+    else:
+        shutil.copyfile(source, to)
 
 
 def licenses(job: Job) -> str:

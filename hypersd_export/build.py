@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hypersd_export.bundle.cache import Stage
+from hypersd_export.bundle.cache import Build, Stage
 from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.clock import Clock
 from hypersd_export.component import import_unet
@@ -31,6 +31,8 @@ from hypersd_export.verify import range_scan
 from hypersd_export.verify.range_scan import Drawing, Ranges
 
 COMPOSE = "onnx-pipeline"
+IMPORT = "import"
+"""The stage in which torch and diffusers are imported and the base is hashed, while a helper imports them too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,10 +118,15 @@ class Built:
 
 
 class Workshop:
-    """Builds the stages of one export; what several targets start from is built once."""
+    """Builds the stages of one export; what several targets start from is built once.
 
-    def __init__(self, job: Job, clock: Clock) -> None:
-        self.job, self.clock = job, clock
+    `bundle` is where the export will be assembled: weights that are written for the cache are written there too.
+    `delivered`: by their names there, the stages' files that they are.
+    """
+
+    def __init__(self, job: Job, clock: Clock, bundle: Path) -> None:
+        self.job, self.clock, self.bundle = job, clock, bundle
+        self.delivered: dict[str, Path] = {}
         self._onnx: dict[str, OnnxGraphs] = {}
         self.check_loras = functools.cache(job.source.check_loras)  # once, before anything is built for nothing
 
@@ -148,7 +155,7 @@ class Workshop:
         name = _name(precision, f"{component}-{kind}")
         return self.stage(name, depends, functools.partial(store_integers, raw.path, kind, precision))
 
-    def stage(self, name: str, depends: Mapping[str, Any], build: Callable[[Path], None]) -> Stage:
+    def stage(self, name: str, depends: Mapping[str, Any], build: Build) -> Stage:
         """A timed stage, out of the cache or built by `build(folder)`."""
         with self.clock.stage(name) as record:
             stage = self.job.cache.get(name, depends, build)
@@ -176,21 +183,33 @@ class Workshop:
             if order:
                 scratch = end.enter_context(cache.scratch("helper"))
                 helper = end.enter_context(Helper(task, order[:0:-1], scratch))
-                with ThreadPoolExecutor(1) as aside:  # gigabytes are hashed, which lets other Python run
-                    digest = aside.submit(lambda: job.source.base.digest)
+                with self.clock.stage(IMPORT), ThreadPoolExecutor(1) as aside:
+                    digest = aside.submit(lambda: job.source.base.digest)  # of gigabytes, and other Python runs
                     import_unet()
                     digest.result()
 
-            def build(component: Component, folder: Path) -> None:
+            def build(component: Component, folder: Path) -> dict[str, str]:
                 self.check_loras()
-                if helper is None or not helper.took(component, folder):
-                    task.build(job.source, component, folder)
+                if helper is not None and helper.took(component, folder):
+                    return {}
+                also = [self.bundle / component / DATA_FILE] if self._publishes(precision) else []
+                return task.build(job.source, component, folder, also)
 
-            built = {
-                component: self.stage(names[component], depends(component), functools.partial(build, component))
-                for component in dict.fromkeys((*order, *job.components))
-            }
+            built: dict[Component, Stage] = {}
+            for component in dict.fromkeys((*order, *job.components)):
+                stage = self.stage(names[component], depends(component), functools.partial(build, component))
+                built[component] = stage
+                if (self.bundle / component / DATA_FILE).is_file():
+                    self.delivered[f"{component}/{DATA_FILE}"] = stage.path / DATA_FILE
         return {component: built[component] for component in job.components}
+
+    def _publishes(self, precision: str) -> bool:
+        """Whether the graphs of this precision are published as they are built (but for what a range scan keeps)."""
+        spec = self.job.spec
+        return (
+            Target.ONNX in spec.targets and precision == spec.precision_of(Target.ONNX)
+            and not spec.single_graph and spec.quantize is None
+        )  # fmt: skip
 
     def _shared(self, absent: Sequence[Component]) -> tuple[Component, ...]:
         """The components that are built by two processes, in this one's order; () where one is to build them all."""
@@ -245,30 +264,34 @@ def _name(precision: str, what: str) -> str:
     return f"onnx-{what}" if precision == "fp32" else f"onnx-{precision}-{what}"
 
 
-def keep_ops(raw: Path, names: Sequence[str], folder: Path) -> None:
+def keep_ops(raw: Path, names: Sequence[str], folder: Path) -> dict[str, str]:
     """A component's fp16 stage `raw` with the nodes of these names in float32, as another stage."""
     from hypersd_export.targets import onnx, onnx_fp16
 
     model = onnx_fp16.read(raw / MODEL_FILE)
     onnx_fp16.keep_float32(model, names)
     built = onnx.write(model, folder, precision="fp16")
+    digests = onnx.digests(built)
     shutil.copyfile(raw / "config.json", folder / "config.json")
     wanted = set(names)
     there = [node.name for node in model.graph if node.name in wanted]  # the cleaning may have merged equal ones
     notes = json.loads((raw / "build.json").read_text(encoding="utf-8"))
     _write_json(folder / "build.json", {"built": built, "fused": notes["fused"], "fp32_nodes": there})
+    return digests
 
 
-def store_integers(raw: Path, kind: str, precision: str, folder: Path) -> None:
+def store_integers(raw: Path, kind: str, precision: str, folder: Path) -> dict[str, str]:
     """A component's stage `raw` with integer weights, as another stage."""
     from hypersd_export.targets import onnx, onnx_fp16, onnx_quantize
 
     model = onnx_fp16.read(raw / MODEL_FILE)
     stored = onnx_quantize.quantize(model, kind)
     built = onnx.write(model, folder, precision=precision)
+    digests = onnx.digests(built)
     shutil.copyfile(raw / "config.json", folder / "config.json")
     notes = json.loads((raw / "build.json").read_text(encoding="utf-8"))
     _write_json(folder / "build.json", notes | {"built": built | {"quantized": stored}})
+    return digests
 
 
 def _drawing(job: Job, scratch: Path) -> Drawing:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,11 @@ class ComponentTask:
             "span": Span.of(data),
         })  # fmt: skip
 
-    def build(self, source: Source, component: Component, folder: Path) -> None:
+    def build(self, source: Source, component: Component, folder: Path, also: Sequence[Path] = ()) -> dict[str, str]:
         """Write `model.onnx`, `config.json` and `build.json`, which says how it went, into `folder`.
 
-        `source` is `self.source`, opened. Raises `ModelError` and `LoraError` in one line.
+        `source` is `self.source`, opened. Weights that are in a file beside the graph go into each of `also` too; the
+        SHA-256 of that file is returned by its name. Raises `ModelError` and `LoraError` in one line.
         """
         import torch
 
@@ -70,10 +71,12 @@ class ComponentTask:
             shapes, axes = traced_with(self.span, self.shapes), free_axes(self.span, component, self.shapes)
         graph = dataclasses.replace(build_graph(component, module, shapes, embedded_guidance=guidance), axes=axes)
         with collector.collected_after():  # exported programs are full of cycles, and the next component needs the room
-            built = (onnx_fp16.build if half else onnx.build)(graph, folder, opset=self.opset)
+            built = (onnx_fp16.build if half else onnx.build)(graph, folder, opset=self.opset, also=also)
+        digests = onnx.digests(built)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         notes = {"built": built, "fused": fused, "fp32_nodes": []}
         (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
+        return digests
 
 
 def import_unet() -> None:

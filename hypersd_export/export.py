@@ -50,12 +50,12 @@ def export(spec: ExportSpec, *, reporter: Reporter | None = None, isolate: bool 
     with clock.stage(LOAD):
         job = open_job(spec)
         announce(job, reporter)
-    workshop = Workshop(job, clock)
-    with collector.paused():
-        built = [workshop.build(target) for target in spec.targets]
     with staged(spec.out, overwrite=spec.overwrite) as bundle:
+        workshop = Workshop(job, clock, bundle)
+        with collector.paused():
+            built = [workshop.build(target) for target in spec.targets]
         with clock.stage(ASSEMBLE):
-            assemble(job, built, bundle)
+            assemble(job, built, bundle, workshop.delivered)
         parity = verify(job, built, bundle, clock, isolate=isolate)
         manifest = describe_bundle(job, built, parity, bundle, clock)
         reporter.begin(PUBLISH)

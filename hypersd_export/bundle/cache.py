@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hypersd_export.bundle.digest import digest_json, sha256_file
@@ -68,9 +69,13 @@ class Entry:
     """Seconds since the epoch."""
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+Build = Callable[[Path], Mapping[str, str] | None]
+"""Writes a stage's files into an empty folder; may return the SHA-256 of those that it knows, by name."""
+
+
+def _digests(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: known.get(name) or sha256_file(path) for name, path in files.items()}
 
 
 def noted_digests(copies: Mapping[str, Path]) -> dict[str, str]:
@@ -119,13 +124,14 @@ class StageCache:
             os.utime(entry / "stage.json")
         return entry / "files"
 
-    def get(self, name: str, depends: Mapping[str, Any], build: Callable[[Path], None]) -> Stage:
+    def get(self, name: str, depends: Mapping[str, Any], build: Build) -> Stage:
         """The stage, built by `build(folder)` unless it is there.
 
         Args:
             name: what the stage is, such as "unet-onnx".
             depends: everything that the result depends on: digests of inputs, options, tool versions.
-            build: writes the stage's files into the empty folder that it is given.
+            build: writes the stage's files into the empty folder that it is given, and may return digests that it
+                knows; all others are taken of what it wrote.
 
         Raises:
             DestinationError: the cache cannot be written, or the disk is full.
@@ -145,7 +151,7 @@ class StageCache:
             seconds=time.perf_counter() - began,
         )
 
-    def fetch(self, name: str, depends: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    def fetch(self, name: str, depends: Mapping[str, Any], build: Build) -> Path:
         """`get(...).path`."""
         return self.get(name, depends, build).path
 
@@ -164,12 +170,12 @@ class StageCache:
             release(lock)
             remove_tree(folder)
 
-    def _build(self, name: str, key: str, depends: Mapping[str, Any], build: Callable[[Path], None]) -> None:
+    def _build(self, name: str, key: str, depends: Mapping[str, Any], build: Build) -> None:
         with self.scratch(name) as scratch, self._told_if_full():
             files = scratch / "files"
             files.mkdir()
-            build(files)
-            stage = {"format": FORMAT, "name": name, "key": key, "depends": depends, "files": _digests(files)}
+            digests = _digests(files, build(files) or {})
+            stage = {"format": FORMAT, "name": name, "key": key, "depends": depends, "files": digests}
             (scratch / "stage.json").write_text(json.dumps(stage, indent=1), encoding="utf-8")
             self._install(scratch, self.root / name / key, key)
 

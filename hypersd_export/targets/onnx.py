@@ -17,6 +17,7 @@ from hypersd_export.errors import MissingBackend, OptionError
 from hypersd_export.graphs.spec import Graph
 from hypersd_export.model.pages import drop_pages
 from hypersd_export.targets import onnx_lean
+from hypersd_export.targets.onnx_data import weights_in
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,7 +30,7 @@ DEFAULT_OPSET = 20
 OPSETS = range(18, 24)
 """What torch.onnx (2.13) can write: 18 is its own opset, 23 its latest."""
 EXTERNAL_DATA_BYTES = 1_500_000_000
-EXTERNAL_TENSOR_BYTES = 1024
+DIGEST = "data_sha256"
 RELIEF_BYTES = 400_000_000
 """So much of mapped weights at most is resident while they are written."""
 
@@ -48,18 +49,20 @@ def build(
     precision: str = "fp32",
     external: bool | None = None,
     edit: "Callable[[onnx_ir.Model], None] | None" = None,
+    also: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Export `graph` into `folder/model.onnx` and return what the manifest says about it: opset, nodes, bytes.
 
     `precision` is what the module's weights are, for the record; `edit` changes the graph before it is cleaned.
     `external` forces the weights into (True) or keeps them out of (False) `model.onnx_data`; None decides by size.
-    A data file of an earlier build is never left behind. Raises `MissingBackend` without onnx or onnxscript.
+    A data file is written to each of `also` too, and its SHA-256 is the result's `DIGEST`, to be taken out of it.
+    One of an earlier build is never left behind. Raises `MissingBackend` without onnx or onnxscript.
     """
     check_options(opset=opset)
     model, weights = _export(graph, opset)
     if edit is not None:
         edit(model)
-    written = write(model, folder, precision=precision, external=external)
+    written = write(model, folder, precision=precision, external=external, also=also)
     let_go((*weights, *model.graph.initializers.values()))
     return written
 
@@ -71,7 +74,9 @@ def let_go(weights: "Iterable[onnx_ir.Value]") -> None:
         value.const_value = None
 
 
-def write(model: "onnx_ir.Model", folder: Path, *, precision: str, external: bool | None = None) -> dict[str, Any]:
+def write(
+    model: "onnx_ir.Model", folder: Path, *, precision: str, external: bool | None = None, also: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Clean a model, save it as `folder/model.onnx` and check it; arguments and result as in `build`."""
     inputs, outputs = ([str(value.name) for value in side] for side in (model.graph.inputs, model.graph.outputs))
     clean(model)
@@ -79,15 +84,21 @@ def write(model: "onnx_ir.Model", folder: Path, *, precision: str, external: boo
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external is None:
         external = weight_bytes > EXTERNAL_DATA_BYTES
-    save(model, folder, external=external)
+    digest = save(model, folder, external=external, also=also)
     check(folder / MODEL_FILE, inputs, outputs)
-    return {
+    written = {
         "precision": precision,
         "opset": model.opset_imports[""],
         "nodes": len(list(model.graph)),
         "weight_bytes": int(weight_bytes),
         "external_data": external,
     }
+    return written if digest is None else {**written, DIGEST: digest}
+
+
+def digests(written: dict[str, Any]) -> dict[str, str]:
+    """Take the SHA-256 of files that are known already, by their names, out of what `build` or `write` returned."""
+    return {DATA_FILE: written.pop(DIGEST)} if DIGEST in written else {}
 
 
 def _export(graph: Graph, opset: int) -> "tuple[onnx_ir.Model, list[onnx_ir.Value]]":
@@ -271,19 +282,26 @@ def _lay_out_initializers(model: "onnx_ir.Model") -> None:
 
 
 def save(
-    model: "onnx_ir.Model", folder: Path, *, external: bool, names: tuple[str, str] = (MODEL_FILE, DATA_FILE)
-) -> None:
-    """Write `model.onnx`, and `model.onnx_data` if `external`; files of an earlier build go first."""
+    model: "onnx_ir.Model",
+    folder: Path,
+    *,
+    external: bool,
+    names: tuple[str, str] = (MODEL_FILE, DATA_FILE),
+    also: Sequence[Path] = (),
+) -> str | None:
+    """Write `model.onnx`, and `model.onnx_data` if `external`, which is written to each of `also` too; files of an
+    earlier build go first. Returns the data file's SHA-256."""
     import onnx_ir
 
     for name in names:
         (folder / name).unlink(missing_ok=True)
     file, data = names
-    if external:
-        size, relief = EXTERNAL_TENSOR_BYTES, Relief()
-        onnx_ir.save(model, folder / file, external_data=data, size_threshold_bytes=size, callback=relief)
-    else:
+    if not external:
         onnx_ir.save(model, folder / file)
+        return None
+    with weights_in(model, folder / data, also=also, told=Relief()) as digest:
+        onnx_ir.save(model, folder / file)
+    return digest
 
 
 class Relief:

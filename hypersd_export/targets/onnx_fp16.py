@@ -10,7 +10,7 @@ is imported inside.
 import dataclasses
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,12 @@ def check_weights(module: "torch.nn.Module", what: str) -> None:
 
 
 def build(
-    graph: Graph, folder: Path, *, opset: int = onnx.DEFAULT_OPSET, external: bool | None = None
+    graph: Graph,
+    folder: Path,
+    *,
+    opset: int = onnx.DEFAULT_OPSET,
+    external: bool | None = None,
+    also: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Export a graph whose module is in torch.float16; as `onnx.build`, with float32 inputs and outputs.
 
@@ -49,7 +54,7 @@ def build(
     """
     inputs = {name: value.float() if name == "timestep" else value for name, value in graph.inputs.items()}
     half = dataclasses.replace(graph, inputs=inputs)
-    return onnx.build(half, folder, opset=opset, precision="fp16", external=external, edit=float32_edges)
+    return onnx.build(half, folder, opset=opset, precision="fp16", external=external, edit=float32_edges, also=also)
 
 
 def float32_edges(model: "onnx_ir.Model") -> None:

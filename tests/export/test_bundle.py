@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from hypersd_export.assemble import _place
 from hypersd_export.bundle import schemas
 from hypersd_export.bundle.manifest import read_manifest, verify_files
 from hypersd_export.diffusion import initial_noise
-from hypersd_export.export import ASSEMBLE, LOAD, VERIFY, export
+from hypersd_export.export import ASSEMBLE, LOAD, VERIFY
 from hypersd_export.runtime.pipeline import Pipeline
 from hypersd_export.verify.metrics import psnr
 from tests.export.conftest import PLANS
@@ -177,41 +175,3 @@ def test_the_same_seed_is_the_same_picture(exported):
     first, second, other = (np.asarray(pipeline(PROMPT, seed=seed).images[0]) for seed in (3, 3, 4))
     assert psnr(first, second) == math.inf
     assert psnr(first, other) < 40
-
-
-def test_a_graph_is_on_the_disk_once_for_the_cache_and_one_bundle(exported, tiny_spec, tmp_path):
-    """Only one bundle shares its files with the cache: what is done to them there changes no other bundle."""
-    spec = replace(tiny_spec, cache_dir=tmp_path / "cache", verify=False, golden=False)
-    first = export(replace(spec, out=tmp_path / "first")).path / "unet" / "model.onnx"
-    (stage,) = (tmp_path / "cache" / "onnx-unet").glob("*/files/model.onnx")
-    assert first.samefile(stage)
-    second = export(replace(spec, out=tmp_path / "second")).path / "unet" / "model.onnx"
-    assert second.stat().st_nlink == 1
-    graph = second.read_bytes()
-    assert first.read_bytes() == graph
-    first.write_bytes(b"something else")
-    assert second.read_bytes() == graph
-    third = export(replace(spec, out=tmp_path / "third"))  # the stage is not what it was: built again
-    assert [record.name for record in third.stages if record.name.startswith("onnx") and not record.cached] == [
-        "onnx-unet"
-    ]
-    assert (third.path / "unet" / "model.onnx").read_bytes() == graph
-    assert first.read_bytes() == b"something else"
-    assert verify_files(third.path).files["unet/model.onnx"] == exported.manifest.files["unet/model.onnx"]
-
-
-def test_where_a_disk_has_no_second_names_files_are_copied(tmp_path, monkeypatch):
-    def refuse(self, target):
-        raise OSError("no links here")
-
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "model.onnx").write_bytes(b"graph")
-    (tmp_path / "own.onnx").write_bytes(b"own")
-    _place(tmp_path / "own.onnx", tmp_path / "bundle" / "own.onnx", cache)
-    assert not (tmp_path / "bundle" / "own.onnx").samefile(tmp_path / "own.onnx")  # not the cache's
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
-    _place(cache / "model.onnx", tmp_path / "bundle" / "unet" / "model.onnx", cache)
-    copy = tmp_path / "bundle" / "unet" / "model.onnx"
-    assert copy.read_bytes() == b"graph"
-    assert copy.stat().st_nlink == 1

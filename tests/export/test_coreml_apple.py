@@ -183,7 +183,7 @@ def test_a_near_plan_is_told_how_near(apple_spec, tmp_path, monkeypatch):
     from hypersd_export.clock import Clock
 
     monkeypatch.setattr(build_coreml, "run_apart", lambda asked, folder, *, progress: asked.run(folder, progress))
-    plays = build_coreml.played(Workshop(open_job(spec), Clock(Said())))
+    plays = build_coreml.played(Workshop(open_job(spec), Clock(Said()), spec.out))
     assert set(plays) == {2, 4}
     assert 30 < plays[4] < plays[2] < 100
     assert said == [

@@ -52,6 +52,7 @@ def test_two_processes_build_what_one_builds(bare_spec, tmp_path):
     assert two.manifest.options == one.manifest.options
     began = [record.name for record in two.stages if record.name.startswith("onnx")]
     assert began == [f"onnx-fp16-{name}" for name in ("unet", "vae_encoder", "vae_decoder", "text_encoder")]
+    assert [record.name for record in two.stages if record not in one.stages][:2] == ["load", "import"]
     assert not any((tmp_path / "cache" / ".building").iterdir())
 
 
@@ -129,18 +130,18 @@ def test_an_export_without_its_helper_is_the_same(bare_spec, tmp_path, monkeypat
     assert {"unet/model.onnx", "text_encoder/model.onnx", "vae_decoder/model.onnx"} <= set(alone.manifest.files)
 
 
-def test_it_is_for_what_is_missing(bare_spec, monkeypatch):
+def test_it_is_for_what_is_missing(bare_spec, tmp_path, monkeypatch):
     """One process builds where the user says so, where the UNet is there, and where nothing else is to be built."""
     asked = []
     monkeypatch.setattr(build, "pays", lambda files: asked.append(list(files)) or True)
-    shop = build.Workshop(open_job(replace(bare_spec, jobs=None)), Clock(Silent()))
+    shop = build.Workshop(open_job(replace(bare_spec, jobs=None)), Clock(Silent()), tmp_path)
     everything = tuple(shop.job.components)
     assert shop._shared(everything) == (
         Component.UNET, Component.VAE_ENCODER, Component.VAE_DECODER, Component.TEXT_ENCODER
     )  # fmt: skip
     assert len(asked.pop()) == 3
     assert shop._shared([Component.UNET]) == shop._shared([Component.VAE_DECODER]) == shop._shared([]) == ()
-    assert build.Workshop(open_job(replace(bare_spec, jobs=1)), Clock(Silent()))._shared(everything) == ()
+    assert build.Workshop(open_job(replace(bare_spec, jobs=1)), Clock(Silent()), tmp_path)._shared(everything) == ()
     assert not asked
     monkeypatch.setattr(build, "pays", lambda files: False)
     assert shop._shared(everything) == ()
