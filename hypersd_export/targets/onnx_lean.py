@@ -43,7 +43,8 @@ def remember_functions() -> None:
     """For what `lean_translation` does not do: keep the list of all functions, which is parsed for each export."""
     with suppress(ImportError, AttributeError):
         module, listed = _lister()
-        module.get_torchlib_ops = functools.cache(listed)
+        if not hasattr(module.get_torchlib_ops, "cache_info"):
+            module.get_torchlib_ops = functools.cache(listed)
 
 
 def mixes_dtypes(program: "ExportedProgram") -> bool:
