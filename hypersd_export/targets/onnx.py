@@ -31,7 +31,7 @@ OPSETS = range(18, 24)
 """What torch.onnx (2.13) can write: 18 is its own opset, 23 its latest."""
 EXTERNAL_DATA_BYTES = 1_500_000_000
 DIGEST = "data_sha256"
-RELIEF_BYTES = 400_000_000
+RELIEF_BYTES = 600_000_000
 """So much of mapped weights at most is resident while they are written."""
 
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from hypersd_export.usage import INTERVAL_S, measure, tree_rss_mb
+from hypersd_export.usage import INTERVAL_S, LISTED_EVERY, measure, tree_rss_mb
 
 ONE_MB = 1_000_000
 
@@ -27,7 +27,7 @@ def test_children_count():
     code = "import time; block = bytearray(b'x') * 150_000_000; print(len(block), flush=True); time.sleep(60)"
     with measure() as usage, subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
         child.stdout.readline()
-        time.sleep(4 * INTERVAL_S)
+        time.sleep((LISTED_EVERY + 2) * INTERVAL_S)
         child.kill()
     assert usage.peak_mb > before + 120
 
