@@ -1,4 +1,4 @@
-"""What is built for each target: load → fuse → graphs → target, one component at a time, or out of the cache.
+"""What is built for each target: load → fuse → graphs → target, component by component, or out of the cache.
 
 `BUILDERS` has one function a target, which says with a `Built` what the bundle gets. A target that starts from ONNX
 asks the `Workshop` for the graphs of its precision; whether those are published too is not its business.

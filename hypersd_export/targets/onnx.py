@@ -310,7 +310,7 @@ class Relief:
     def __init__(self) -> None:
         self.read = 0
 
-    def __call__(self, tensor: "onnx_ir.TensorProtocol | torch.Tensor", _: Any = None) -> None:
+    def __call__(self, tensor: "onnx_ir.TensorProtocol | torch.Tensor") -> None:
         """Before `tensor` is read."""
         self.read += tensor.nbytes
         if self.read > RELIEF_BYTES:

@@ -66,10 +66,10 @@ def test_the_helper_builds_what_nobody_has_begun(task, tmp_path, monkeypatch):
     assert told == ["text_encoder", "vae_encoder"]
 
 
-def working(folder: Path, lines=(), report=None, failure=None):
+def working(folder: Path, lines=(), report=None):
     """A `run_worker` that has made both folders, tells the lines, and ends with a report or a failure."""
 
-    def run_worker(module, request, report_path, *, progress, failure: object, started):
+    def run_worker(module, request, report_path, *, progress, failure, started):
         started(SimpleNamespace(terminate=lambda: None))
         for line in lines:
             progress(line)
