@@ -52,7 +52,7 @@ def export_command(
         list[str] | None,
         typer.Option(metavar="WHAT", help="ONNX graphs for a range: batch=1:4 or size=256x256:768x768; repeatable."),
     ] = None,
-    provider: Annotated[str, typer.Option(help="onnxruntime's provider for the parity check.")] = "cpu",
+    provider: Annotated[str, typer.Option(help="onnxruntime's provider: graphs are for it, compared on it.")] = "cpu",
     single_graph: Annotated[bool, typer.Option("--single-graph", help="One graph for the whole pipeline.")] = False,
     unroll: Annotated[bool, typer.Option("--unroll", help="Single graph without a Loop.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,

@@ -10,7 +10,7 @@ from typing import Any
 from hypersd_export import collector
 from hypersd_export.bundle.span import Span
 from hypersd_export.graphs.span import free_axes, traced_with
-from hypersd_export.graphs.spec import Component, Shapes
+from hypersd_export.graphs.spec import DRAWING, Component, Shapes
 from hypersd_export.verify.source import Source, SourceRequest
 
 
@@ -25,6 +25,8 @@ class ComponentTask:
     """The guidance that is a constant of the UNet."""
     precision: str
     opset: int
+    for_cpu: bool
+    """Whether UNet and VAE are laid out for onnxruntime's CPU provider (`targets.onnx_cpu`)."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -35,6 +37,7 @@ class ComponentTask:
             "embedded_guidance": self.embedded_guidance,
             "precision": self.precision,
             "opset": self.opset,
+            "for_cpu": self.for_cpu,
         }
 
     @classmethod
@@ -55,7 +58,7 @@ class ComponentTask:
 
         from hypersd_export.graphs.components import build_graph, component_config
         from hypersd_export.model.pages import drop_pages
-        from hypersd_export.targets import onnx, onnx_fp16
+        from hypersd_export.targets import onnx, onnx_cpu, onnx_fp16
 
         half = self.precision == "fp16"
         # Fused in float32 and rounded once; where nothing is fused there is no need of a float32 copy.
@@ -71,7 +74,9 @@ class ComponentTask:
             shapes, axes = traced_with(self.span, self.shapes), free_axes(self.span, component, self.shapes)
         graph = dataclasses.replace(build_graph(component, module, shapes, embedded_guidance=guidance), axes=axes)
         with collector.collected_after():  # exported programs are full of cycles, and the next component needs the room
-            built = (onnx_fp16.build if half else onnx.build)(graph, folder, opset=self.opset, also=also)
+            build = onnx_fp16.build if half else onnx.build
+            edit = onnx_cpu.lay_out if self.for_cpu and component in DRAWING else None
+            built = build(graph, folder, opset=self.opset, edit=edit, also=also)
         digests = onnx.digests(built)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         notes = {"built": built, "fused": fused, "fp32_nodes": []}

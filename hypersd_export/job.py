@@ -18,7 +18,7 @@ from hypersd_export.component import ComponentTask
 from hypersd_export.diffusion import LORA_METADATA_KEY, GuidanceKind, PlanFile
 from hypersd_export.diffusion.apple import APPLE_DPMPP, MAX_EXACT_STEPS, apple_timesteps, plays_exactly
 from hypersd_export.errors import MissingBackend, OptionError, PlanError
-from hypersd_export.graphs.spec import Component, Shapes, resolve_shapes, size_unit
+from hypersd_export.graphs.spec import DRAWING, Component, Shapes, resolve_shapes, size_unit
 from hypersd_export.model.files import public_name
 from hypersd_export.model.tokenizer import empty_prompt
 from hypersd_export.plan_choice import BaseClue, LoraClue, choose_plans, describe, lora_origin
@@ -58,6 +58,11 @@ class Job:
     def embedded_guidance(self) -> float | None:
         """The guidance that is a constant of the UNet, or None."""
         return self.plans.default.plan.guidance.embedded
+
+    @property
+    def for_cpu(self) -> bool:
+        """Whether the ONNX graphs are for processors; engines are built from whole attention."""
+        return self.spec.provider == "cpu" and Target.TENSORRT not in self.spec.targets
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -130,6 +135,7 @@ class Job:
             "embedded_guidance": self.embedded_guidance if component is Component.UNET else None,
             "precision": precision or self.spec.precision_of(target),
             "opset": self.spec.opset,
+            "for_cpu": self.for_cpu and target is Target.ONNX and component in DRAWING,
             "versions": tool_versions(),
             "code": code_digests(("graphs", "targets", "model", "verify/source.py")),
         }
@@ -138,7 +144,7 @@ class Job:
         """How the ONNX graphs of this precision are built."""
         return ComponentTask(
             source=self.request, shapes=self.shapes, span=self.span, embedded_guidance=self.embedded_guidance,
-            precision=precision, opset=self.spec.opset,
+            precision=precision, opset=self.spec.opset, for_cpu=self.for_cpu,
         )  # fmt: skip
 
     def verify_depends(self, components: Mapping[str, str], precision: str, golden_db: float) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Component(StrEnum):
 
 COMPRESSIBLE = (Component.TEXT_ENCODER, Component.TEXT_ENCODER_2, Component.UNET)
 """Whose weights are compressed, for ONNX and Core ML; not the VAE's, which is small, and the first to show it."""
+DRAWING = (Component.UNET, Component.VAE_DECODER, Component.VAE_ENCODER)
+"""Whose work grows with the picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

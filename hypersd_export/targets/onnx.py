@@ -48,7 +48,7 @@ def build(
     opset: int = DEFAULT_OPSET,
     precision: str = "fp32",
     external: bool | None = None,
-    edit: "Callable[[onnx_ir.Model], None] | None" = None,
+    edit: "Callable[[onnx_ir.Model], object] | None" = None,
     also: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Export `graph` into `folder/model.onnx` and return what the manifest says about it: opset, nodes, bytes.

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hypersd_export.targets import onnx
+from hypersd_export.targets import onnx, onnx_cpu
+from hypersd_export.targets.onnx_match import constant, dims, maker, only_user, replace
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -31,6 +32,7 @@ def fuse(model: "onnx_ir.Model") -> dict[str, int]:
     """Change a model with typed values (`onnx_fp16.read`) in place; returns how many of each op it has now."""
     from onnx_ir.passes import common
 
+    onnx_cpu.undo_blocks(model)
     nodes = list(model.graph)
     counts = {
         "GroupNorm": sum(_group_norm(model.graph, node) for node in nodes if node.op_type == "InstanceNormalization"),
@@ -46,17 +48,17 @@ def _group_norm(graph: "onnx_ir.Graph", norm: "onnx_ir.Node") -> bool:
     """Replace the group norm around an InstanceNormalization, and the SiLU behind it; False if it is another thing."""
     import onnx_ir
 
-    flat, back = _maker(norm.inputs[0], "Reshape"), _only_user(norm.outputs[0], "Reshape")
-    ones, zeros = (_constant(value) for value in norm.inputs[1:])
+    flat, back = maker(norm.inputs[0], "Reshape"), only_user(norm.outputs[0], "Reshape")
+    ones, zeros = (constant(value) for value in norm.inputs[1:])
     if flat is None or back is None or ones is None or zeros is None:
         return False
-    x, scaled = flat.inputs[0], _only_user(back.outputs[0], "Mul")
-    shifted = None if scaled is None else _only_user(scaled.outputs[0], "Add")
-    shape = _dims(x)
-    if shifted is None or len(shape) != 4 or _dims(back.outputs[0]) != shape or _dims(norm.inputs[0])[1] != ones.size:
+    x, scaled = flat.inputs[0], only_user(back.outputs[0], "Mul")
+    shifted = None if scaled is None else only_user(scaled.outputs[0], "Add")
+    shape = dims(x)
+    if shifted is None or len(shape) != 4 or dims(back.outputs[0]) != shape or dims(norm.inputs[0])[1] != ones.size:
         return False
     assert scaled is not None
-    gamma, beta = (_constant(_other(node, before)) for node, before in ((scaled, back), (shifted, scaled)))
+    gamma, beta = (constant(_other(node, before)) for node, before in ((scaled, back), (shifted, scaled)))
     if not (np.all(ones == 1) and np.all(zeros == 0) and _per_channel(gamma, shape) and _per_channel(beta, shape)):
         return False
     silu = _silu(shifted)
@@ -76,7 +78,7 @@ def _group_norm(graph: "onnx_ir.Graph", norm: "onnx_ir.Node") -> bool:
         "GroupNorm", [last_channel.outputs[0], *affine], attributes, domain=DOMAIN, name=f"{norm.name}.fused"
     )
     first_channel = onnx_ir.node("Transpose", [fused.outputs[0]], {"perm": _TO_NCHW}, name=f"{norm.name}.nchw")
-    _replace(graph, last, [last_channel, fused, first_channel])
+    replace(graph, last, [last_channel, fused, first_channel])
     return True
 
 
@@ -87,84 +89,62 @@ def _silu(node: "onnx_ir.Node") -> "onnx_ir.Node | None":
     if len(x.uses()) != 2 or set(users) != {"Sigmoid", "Mul"} or x.is_graph_output():
         return None
     product = users["Mul"]
-    return product if _only_user(users["Sigmoid"].outputs[0], "Mul") is product else None
+    return product if only_user(users["Sigmoid"].outputs[0], "Mul") is product else None
 
 
 def _attention(graph: "onnx_ir.Graph", softmax: "onnx_ir.Node") -> bool:
     """Replace the attention around a Softmax; False if it is another thing."""
     import onnx_ir
 
-    scores, product = _maker(softmax.inputs[0], "MatMul"), _only_user(softmax.outputs[0], "MatMul")
+    scores, product = maker(softmax.inputs[0], "MatMul"), only_user(softmax.outputs[0], "MatMul")
     if scores is None or product is None or product.inputs[0] is not softmax.outputs[0]:
         return False
     queries, keys = _scaled(scores.inputs[0]), _scaled(scores.inputs[1])
     if queries is None or keys is None:
         return False
     q, k, v = _states(queries[0]), _states(_untransposed(keys[0])), _states(product.inputs[1])
-    joined = _only_user(product.outputs[0], "Transpose")
-    last = None if joined is None or _perm(joined) != _HEADS_FIRST else _only_user(joined.outputs[0], "Reshape")
+    joined = only_user(product.outputs[0], "Transpose")
+    last = None if joined is None or _perm(joined) != _HEADS_FIRST else only_user(joined.outputs[0], "Reshape")
     if q is None or k is None or v is None or last is None or last.outputs[0].is_graph_output():
         return False
-    heads, width = _dims(queries[0])[1], _dims(queries[0])[3]
+    heads, width = dims(queries[0])[1], dims(queries[0])[3]
     if not isinstance(heads, int) or not isinstance(width, int) or width > WIDEST_HEAD:
         return False
-    if any(len(_dims(states)) != 3 for states in (q, k, v)) or _dims(last.outputs[0]) != _dims(q):
+    if any(len(dims(states)) != 3 for states in (q, k, v)) or dims(last.outputs[0]) != dims(q):
         return False
     fused = onnx_ir.node(
         "MultiHeadAttention", [q, k, v], {"num_heads": heads, "scale": queries[1] * keys[1]}, domain=DOMAIN,
         name=f"{softmax.name}.fused",
     )  # fmt: skip
-    _replace(graph, last, [fused])
+    replace(graph, last, [fused])
     return True
 
 
 def _scaled(value: "onnx_ir.Value | None") -> "tuple[onnx_ir.Value, float] | None":
     """What is multiplied by a constant number, and the number."""
-    node = _maker(value, "Mul")
+    node = maker(value, "Mul")
     if node is None:
         return None
     for number, other in (node.inputs, node.inputs[::-1]):
-        constant = _constant(number)
-        if constant is not None and constant.size == 1 and other is not None:
-            return other, float(constant.reshape(()))
+        scale = constant(number)
+        if scale is not None and scale.size == 1 and other is not None:
+            return other, float(scale.reshape(()))
     return None
 
 
 def _untransposed(value: "onnx_ir.Value | None") -> "onnx_ir.Value | None":
     """Keys [B, h, T, d] of keys [B, h, d, T], which the exporter turns with both leading axes as one."""
-    back = _maker(value, "Reshape")
-    turned = None if back is None else _maker(back.inputs[0], "Transpose")
-    flat = None if turned is None or _perm(turned) != [0, 2, 1] else _maker(turned.inputs[0], "Reshape")
+    back = maker(value, "Reshape")
+    turned = None if back is None else maker(back.inputs[0], "Transpose")
+    flat = None if turned is None or _perm(turned) != [0, 2, 1] else maker(turned.inputs[0], "Reshape")
     return None if flat is None else flat.inputs[0]
 
 
 def _states(value: "onnx_ir.Value | None") -> "onnx_ir.Value | None":
     """States [B, S, h · d] of a value [B, h, S, d] that is one head after the other of them."""
-    turned = _maker(value, "Transpose")
-    apart = None if turned is None or _perm(turned) != _HEADS_FIRST else _maker(turned.inputs[0], "Reshape")
+    turned = maker(value, "Transpose")
+    apart = None if turned is None or _perm(turned) != _HEADS_FIRST else maker(turned.inputs[0], "Reshape")
     return None if apart is None else apart.inputs[0]
-
-
-def _replace(graph: "onnx_ir.Graph", last: "onnx_ir.Node", nodes: "Sequence[onnx_ir.Node]") -> None:
-    """Put nodes where `last` is, the last of them in its place."""
-    old, new = last.outputs[0], nodes[-1].outputs[0]
-    for node in nodes:
-        node.outputs[0].name = f"{node.name}.out"
-    new.shape, new.type = old.shape, old.type
-    graph.insert_after(last, nodes)
-    old.replace_all_uses_with(new)
-
-
-def _maker(value: "onnx_ir.Value | None", op: str) -> "onnx_ir.Node | None":
-    """The node that makes a value, if it is of this op."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op and node.domain == "" else None
-
-
-def _only_user(value: "onnx_ir.Value", op: str) -> "onnx_ir.Node | None":
-    """The node that takes a value, if it is of this op and nothing else takes it."""
-    users = [user for user, _ in value.uses()]
-    return users[0] if len(users) == 1 and users[0].op_type == op and not value.is_graph_output() else None
 
 
 def _other(node: "onnx_ir.Node", before: "onnx_ir.Node") -> "onnx_ir.Value | None":
@@ -172,23 +152,9 @@ def _other(node: "onnx_ir.Node", before: "onnx_ir.Node") -> "onnx_ir.Value | Non
     return next((value for value in node.inputs if value is not before.outputs[0]), None)
 
 
-def _constant(value: "onnx_ir.Value | None") -> "npt.NDArray[Any] | None":
-    """An initialiser's array."""
-    if value is None or not value.is_initializer() or value.const_value is None:
-        return None
-    array: npt.NDArray[Any] = value.const_value.numpy()
-    return array
-
-
 def _per_channel(array: "npt.NDArray[Any] | None", shape: Sequence[Any]) -> bool:
     """Whether an array has an element a channel of [N, C, H, W]."""
     return array is not None and array.ndim >= 3 and array.shape[-3:] == (shape[1], 1, 1) and array.size == shape[1]
-
-
-def _dims(value: "onnx_ir.Value | None") -> list[Any]:
-    """The axes of a value, each a number or a name; [] where they are not known."""
-    shape = None if value is None else value.shape
-    return [] if shape is None else [axis if isinstance(axis, int) else str(axis) for axis in shape]
 
 
 def _perm(node: "onnx_ir.Node") -> list[int]:

@@ -10,7 +10,7 @@ is imported inside.
 import dataclasses
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ def build(
     *,
     opset: int = onnx.DEFAULT_OPSET,
     external: bool | None = None,
+    edit: "Callable[[onnx_ir.Model], object] | None" = None,
     also: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Export a graph whose module is in torch.float16; as `onnx.build`, with float32 inputs and outputs.
@@ -54,7 +55,13 @@ def build(
     """
     inputs = {name: value.float() if name == "timestep" else value for name, value in graph.inputs.items()}
     half = dataclasses.replace(graph, inputs=inputs)
-    return onnx.build(half, folder, opset=opset, precision="fp16", external=external, edit=float32_edges, also=also)
+
+    def edited(model: "onnx_ir.Model") -> None:
+        if edit is not None:
+            edit(model)
+        float32_edges(model)
+
+    return onnx.build(half, folder, opset=opset, precision="fp16", external=external, edit=edited, also=also)
 
 
 def float32_edges(model: "onnx_ir.Model") -> None:
