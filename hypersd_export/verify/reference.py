@@ -90,19 +90,26 @@ def unet_output(unet: Any, sample: Float, t: float, text: Text, guidance: Guidan
     return out.float().numpy()
 
 
+Watch = Callable[[Float, float, Float], None]
+"""Told of a call of the UNet: the rows that it was given, at which timestep, and its output."""
+
+
 def network(
-    unet: Any, guidance: Guidance, *, cond: Text, uncond: Text | None
+    unet: Any, guidance: Guidance, *, cond: Text, uncond: Text | None, watch: Watch = lambda *_: None
 ) -> Callable[[npt.NDArray[Any], float], Float]:
     """The function (latents [1, C, h, w], timestep) → prediction.
 
-    With `uncond` the output is u + w (c - u), both branches in one call.
+    With `uncond` the output is u + w (c - u), both branches in one call, the unconditional one first.
     """
 
     def net(x: npt.NDArray[Any], t: float) -> Float:
         x = x.astype(np.float32)
+        given, text = (x, cond) if uncond is None else (np.concatenate([x, x]), rows([uncond, cond], 1))
+        output = unet_output(unet, given, t, text, guidance)
+        watch(given, t, output)
         if uncond is None:
-            return unet_output(unet, x, t, cond, guidance)
-        u, c = np.split(unet_output(unet, np.concatenate([x, x]), t, rows([uncond, cond], 1), guidance), 2)
+            return output
+        u, c = np.split(output, 2)
         mixed: Float = u + np.float32(guidance.scale) * (c - u)
         return mixed
 
@@ -118,6 +125,7 @@ def denoise(
     uncond: Text | None,
     seed: int,
     shape: tuple[int, int, int],
+    watch: Watch = lambda *_: None,
 ) -> Float:
     """Latents [1, C, h, w] of image 0 of `seed`, from its noise, by the table; the rest as for `network`."""
 
@@ -125,7 +133,7 @@ def denoise(
         return step_noise(seed=seed, index=0, step=stream, shape=shape)[None]
 
     start = np.float32(table.init_noise_sigma) * initial_noise(seed=seed, index=0, shape=shape)[None]
-    latents: Float = run(table, network(unet, guidance, cond=cond, uncond=uncond), start, step_noise=fresh)
+    latents: Float = run(table, network(unet, guidance, cond=cond, uncond=uncond, watch=watch), start, step_noise=fresh)
     return latents.astype(np.float32)
 
 

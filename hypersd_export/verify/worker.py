@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hypersd_export.bundle.packages import PIPELINE
 from hypersd_export.bundle.texts import Encoder, encoders_of
-from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, philox_normal, start_sample
+from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, philox_normal
 from hypersd_export.graphs.spec import Component
 from hypersd_export.runtime.graph import Graph, Runtime, filled
 from hypersd_export.runtime.text import Text, rows
@@ -34,7 +34,7 @@ from hypersd_export.worker import serve
 
 REPORT = "report.json"
 GATE_SEED = 20_24
-"""Seed of the noise that the gates feed in; not the golden image's, so that they are not the same inputs."""
+"""Seed of what the gates feed in beside the golden picture's own values."""
 
 Float = npt.NDArray[np.float32]
 Progress = Callable[[str], None]
@@ -239,11 +239,13 @@ def _text_encoder(run: Verification, number: int) -> dict[str, dict[str, Float]]
 
 
 def _unet(run: Verification) -> None:
-    """The whole loop of every plan, then each of their timesteps on p z0 + q noise, z0 being the loop's own latents."""
-    from hypersd_export.verify.reference import denoise, unet_output
+    """The whole loop of every plan; the artifact then gets what torch got in it, at each of their timesteps."""
+    from hypersd_export.verify.calls import Calls, full, noted
+    from hypersd_export.verify.reference import denoise
 
     request = run.request
     module = run.load("unet")
+    calls: Calls = {}
     for entry in run.plans.entries:
         run.progress(f"torch: {entry.steps} steps")
         cfg = entry.plan.guidance.kind is GuidanceKind.CFG
@@ -255,57 +257,42 @@ def _unet(run: Verification) -> None:
             uncond=run.texts["negative"] if cfg else None,
             seed=request.seed,
             shape=run.shape,
+            watch=noted(calls, entry.table),
         )
     if not run.compares(Component.UNET):
         return
-    text = _unet_texts(run)
-    guidance = run.plans.default.plan.guidance
-    samples = _unet_samples(run)
-    references = {}
-    for number, (key, sample) in enumerate(samples.items(), start=1):
-        run.progress(f"torch: unet at {number} of {len(samples)} timesteps")
-        references[key] = unet_output(module, sample, key[0], text, guidance)
+    if request.shapes.batch > 1:
+        run.progress("torch: unet on noise")
+        more = request.shapes.batch - 1
+        tables = [(entry.table, run.latents[entry.steps]) for entry in run.plans.entries]
+        guidance = run.plans.default.plan.guidance
+        calls = full(calls, module, tables, guidance, text=_unet_texts(run, more), more=more, seed=GATE_SEED)
     corners = run.corners(Component.UNET, module)
     del module
     gc.collect()
     gate, graph = run.gate(Component.UNET, COMPONENT_DB[request.precision]), run.graph(Component.UNET)
-    for key, sample in samples.items():
-        timestep = filled(graph.inputs["timestep"], key[0])
-        out = graph.run(sample=sample, timestep=timestep, **text)["out_sample"]
-        db, largest = gate.compare(out, references[key], f"at t = {key[0]:g}")
-        gate.steps.append({"t": key[0], "psnr_db": round(db, 2), "max_abs": min(largest, 3.4e38)})
+    text = _unet_texts(run, request.shapes.batch)
+    for (t, _), (sample, reference) in calls.items():
+        out = graph.run(sample=sample, timestep=filled(graph.inputs["timestep"], t), **text)["out_sample"]
+        db, largest = gate.compare(out, reference, f"at t = {t:g}")
+        gate.steps.append({"t": t, "psnr_db": round(db, 2), "max_abs": min(largest, 3.4e38)})
     for corner in corners:
         corner.compare(gate, graph)
 
 
-def _unet_texts(run: Verification) -> Text:
-    """Texts for the rows of one call: unconditional rows first, where the graph has both."""
+def _unet_texts(run: Verification, count: int) -> Text:
+    """Texts for the rows of one call with `count` images: unconditional rows first, where the graph has both."""
     shapes = run.request.shapes
     names = ("prompt",) if shapes.unet_batch == shapes.batch else ("negative", "prompt")
-    return rows([run.texts[name] for name in names], shapes.batch)
-
-
-def _unet_samples(run: Verification) -> dict[tuple[float, float], Float]:
-    """What the network sees at each distinct (timestep, input scale): k (p z0 + q noise), rows of seeded noise."""
-    count = run.request.shapes.unet_batch
-    samples: dict[tuple[float, float], Float] = {}
-    for entry in run.plans.entries:
-        clean = np.repeat(run.latents[entry.steps], count, axis=0)
-        for number, row in enumerate(entry.table.rows):
-            key = (float(row.t), float(row.k))
-            if key not in samples:
-                noise = philox_normal(seed=GATE_SEED, index=0, stream=len(samples), shape=clean.shape)
-                noisy = start_sample(entry.table, start=number, latents=clean, noise=noise)
-                samples[key] = (row.k * noisy).astype(np.float32)
-    return samples
+    return rows([run.texts[name] for name in names], count)
 
 
 def _vae(run: Verification) -> None:
-    """Every plan's picture; the decoder on the default plan's latents and on noise, the encoder on what torch decoded
-    from them. The other plans' latents are decoded by the whole pipeline."""
+    """Every plan's picture; the decoder on the default plan's latents (and on noise, if it takes several at once), the
+    encoder on what torch decoded from them. The other plans' latents are decoded by the whole pipeline."""
     from hypersd_export.verify.reference import decode, encode, to_uint8, unscale
 
-    request, batch = run.request, run.request.shapes.batch
+    request, more = run.request, run.request.shapes.batch - 1
     module = run.load("vae")
     unscaled = {steps: unscale(module, latents) for steps, latents in run.latents.items()}
     pictures = {steps: decode(module, latents) for steps, latents in unscaled.items()}
@@ -313,31 +300,28 @@ def _vae(run: Verification) -> None:
     if not run.compares(Component.VAE_DECODER):
         return
     steps = run.plans.default.steps
-    random = philox_normal(seed=GATE_SEED, index=1, stream=0, shape=(batch, *run.shape))
-    codes = {f"{steps} steps": np.repeat(unscaled[steps], batch, axis=0), "noise": random}
-    decoded = {f"{steps} steps": np.repeat(pictures[steps], batch, axis=0), "noise": decode(module, random)}
-    views = {name: np.clip(image, -1, 1) for name, image in decoded.items()}
-    encoded = {name: encode(module, view) for name, view in views.items()}
+    codes, decoded = unscaled[steps], pictures[steps]
+    if more:
+        noise = philox_normal(seed=GATE_SEED, index=1, stream=0, shape=(more, *run.shape))
+        codes, decoded = np.concatenate([codes, noise]), np.concatenate([decoded, decode(module, noise)])
+    view = np.clip(decoded, -1, 1)
+    encoded = encode(module, view)
     corners = {part: run.corners(part, module) for part in (Component.VAE_DECODER, Component.VAE_ENCODER)}
     del module
     gc.collect()
     gate, graph = run.gate(Component.VAE_DECODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_DECODER)
-    for name, z in codes.items():
-        gate.compare(graph.run(latent_sample=z)["sample"], decoded[name], f"for {name}")
+    gate.compare(graph.run(latent_sample=codes)["sample"], decoded, f"for {steps} steps")
     for corner in corners[Component.VAE_DECODER]:
         corner.compare(gate, graph)
     if not run.compares(Component.VAE_ENCODER):
         return
     gate, graph = run.gate(Component.VAE_ENCODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_ENCODER)
-    for name, view in views.items():
-        halves = zip(
-            np.split(graph.run(sample=view)["latent_parameters"], 2, axis=1),
-            np.split(encoded[name], 2, axis=1),
-            ("mean", "log-variance"),
-            strict=True,
-        )
-        for mine, theirs, half in halves:  # apart: the log-variance's range would hide the mean's error
-            gate.compare(mine, theirs, f"in the {half} for {name}")
+    halves = zip(
+        np.split(graph.run(sample=view)["latent_parameters"], 2, axis=1), np.split(encoded, 2, axis=1),
+        ("mean", "log-variance"), strict=True,
+    )  # fmt: skip
+    for mine, theirs, half in halves:  # apart: the log-variance's range would hide the mean's error
+        gate.compare(mine, theirs, f"in the {half} for {steps} steps")
     for corner in corners[Component.VAE_ENCODER]:
         corner.compare(gate, graph)
 

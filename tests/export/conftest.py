@@ -9,9 +9,11 @@ import pytest
 
 from hypersd_export.diffusion import FewStepPlan, Guidance, Solver, plans_to_metadata
 from hypersd_export.export import Exported, export
-from hypersd_export.graphs.spec import Graph
+from hypersd_export.graphs.spec import Graph, Shapes
 from hypersd_export.spec import ExportSpec, PlanFlags
 from hypersd_export.verify.request import VerifyRequest
+from hypersd_export.verify.source import SourceRequest, open_source
+from tests.tiny import COMPONENTS
 
 PLANS = (
     FewStepPlan(solver=Solver.TCD, num_steps=3, eta=0.3, guidance=Guidance.of(3.0)),
@@ -100,3 +102,27 @@ def quick_verify(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
         return dict(exported.manifest.parity)
 
     monkeypatch.setattr(module, "run_verification", run_verification)
+
+
+@pytest.fixture
+def request_for(tiny_base, exported, tmp_path):
+    """A verification of a copy of the exported bundle."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(exported.path, bundle)
+    (tmp_path / "out").mkdir()
+    source = SourceRequest(base=str(tiny_base))
+    return VerifyRequest(
+        source=source,
+        digests=open_source(source).digests,
+        bundle=bundle,
+        components={component: bundle / component for component in COMPONENTS},
+        out=tmp_path / "out",
+        shapes=Shapes(**exported.manifest.options["shapes"]),
+        precision="fp32",
+        provider="cpu",
+        prompt="a cat",
+        negative_prompt="",
+        seed=1,
+        compare=True,
+        golden_db=50.0,
+    )

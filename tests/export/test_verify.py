@@ -1,7 +1,6 @@
 """The parity gates can fail, all of them together, and the worker's end is told in one line whatever it is."""
 
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,36 +12,11 @@ from onnx import numpy_helper
 
 from hypersd_export.errors import BundleError, HypersdError, ModelError, ParityError
 from hypersd_export.export import export
-from hypersd_export.graphs.spec import Shapes
 from hypersd_export.verify import process, worker
 from hypersd_export.verify.process import run_verification
 from hypersd_export.verify.request import VerifyRequest
-from hypersd_export.verify.source import SourceRequest, open_source
+from hypersd_export.verify.source import open_source
 from tests.tiny import COMPONENTS
-
-
-@pytest.fixture
-def request_for(tiny_base, exported, tmp_path):
-    """A verification of a copy of the exported bundle."""
-    bundle = tmp_path / "bundle"
-    shutil.copytree(exported.path, bundle)
-    (tmp_path / "out").mkdir()
-    source = SourceRequest(base=str(tiny_base))
-    return VerifyRequest(
-        source=source,
-        digests=open_source(source).digests,
-        bundle=bundle,
-        components={component: bundle / component for component in COMPONENTS},
-        out=tmp_path / "out",
-        shapes=Shapes(**exported.manifest.options["shapes"]),
-        precision="fp32",
-        provider="cpu",
-        prompt="a cat",
-        negative_prompt="",
-        seed=1,
-        compare=True,
-        golden_db=50.0,
-    )
 
 
 def perturb(path: Path) -> None:
