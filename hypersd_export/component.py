@@ -74,9 +74,13 @@ class ComponentTask:
             shapes, axes = traced_with(self.span, self.shapes), free_axes(self.span, component, self.shapes)
         graph = dataclasses.replace(build_graph(component, module, shapes, embedded_guidance=guidance), axes=axes)
         with collector.collected_after():  # exported programs are full of cycles, and the next component needs the room
-            build = onnx_fp16.build if half else onnx.build
-            edit = onnx_cpu.lay_out if self.for_cpu and component in DRAWING else None
-            built = build(graph, folder, opset=self.opset, edit=edit, also=also)
+            for_cpu = self.for_cpu and component in DRAWING
+            edit = onnx_cpu.lay_out if for_cpu else None
+            if half:
+                wide = onnx_cpu.WIDE if for_cpu else ()
+                built = onnx_fp16.build(graph, folder, opset=self.opset, edit=edit, wide=wide, also=also)
+            else:
+                built = onnx.build(graph, folder, opset=self.opset, edit=edit, also=also)
         digests = onnx.digests(built)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         notes = {"built": built, "fused": fused, "fp32_nodes": []}

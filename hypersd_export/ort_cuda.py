@@ -72,13 +72,13 @@ def rewrite(bundle: Path, folder: Path, manifest: Manifest) -> dict[str, dict[st
     """Copy the bundle into `folder` with the graphs rewritten; returns how many ops each component has of each kind."""
     graphs = onnx.MODEL_FILE, onnx.DATA_FILE
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns(FILE_NAME, *graphs, ".*"), dirs_exist_ok=True)
-    found = {}
+    found, built = {}, manifest.targets["onnx"]["components"]
     for component in Component:
         path = bundle / component / onnx.MODEL_FILE
         if not path.is_file():
             continue
         model = onnx_fp16.read(path)
-        counts = onnx_cuda.fuse(model)
+        counts = onnx_cuda.fuse(model, kept=built.get(component, {}).get("fp32_nodes", ()))
         if any(counts.values()):
             found[component.value] = counts
             onnx.write(model, folder / component, precision=manifest.targets["onnx"]["precision"])

@@ -4,12 +4,14 @@ Long attention      softmax(Q Kᵀ) V by blocks of queries, as every row of scor
                     SD 1.5's 4096 latents are 537 MB, which go through memory three times where they are one matrix;
                     those of a block stay in the cache.
 Gated projections   GEGLU's [a, b] = x W + c by two products where one was split: onnxruntime copies with one thread.
+Softmax in float32  It has no kernel for half there: what it runs instead are five ops (`WIDE`, of fp16 graphs).
 
 Providers of devices, and TensorRT, know attention by its whole pattern and fuse it: theirs are not laid out so
-(`job.Job.for_cpu`), and `undo_blocks` makes it whole again. onnx_ir is imported inside.
+(`job.Job.for_cpu`), and `undo` makes it whole again. onnx_ir is imported inside.
 """
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +26,8 @@ BLOCK_BYTES = 2**24
 """Of a block's scores in float32, at most. Of 4 to 67 MB this one was the quickest (docs/log.md)."""
 MOST_BLOCKS = 64
 """Of one attention: each is three more nodes."""
+WIDE = ("Softmax",)
+"""Ops that fp16 graphs have in float32."""
 
 
 def lay_out(model: "onnx_ir.Model") -> dict[str, int]:
@@ -35,8 +39,14 @@ def lay_out(model: "onnx_ir.Model") -> dict[str, int]:
     }
 
 
-def undo_blocks(model: "onnx_ir.Model") -> int:
-    """Make attention that `lay_out` took apart whole again, in place; returns how much there was."""
+def undo(model: "onnx_ir.Model", kept: Collection[str] = ()) -> int:
+    """Make attention that was laid out so whole again and half, in place; returns how much was apart.
+
+    `kept`: the nodes that have to stay in float32, as what they handle is beyond half.
+    """
+    for node in list(model.graph):
+        if node.op_type in WIDE and node.name not in kept:
+            _narrow(model.graph, node)
     return sum(_join(model.graph, node) for node in list(model.graph) if node.op_type == "Concat")
 
 
@@ -90,6 +100,22 @@ def _is_attention(scores: "onnx_ir.Node", softmax: "onnx_ir.Node") -> bool:
     axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
     last = axis in (-1, len(dims(scores.outputs[0])) - 1)
     return last and only_user(scores.outputs[0], "Softmax") is softmax
+
+
+def _narrow(graph: "onnx_ir.Graph", node: "onnx_ir.Node") -> None:
+    """Compute a node in half that takes half and gives half by a Cast each."""
+    import onnx_ir
+
+    up, down = maker(node.inputs[0], "Cast"), only_user(node.outputs[0], "Cast")
+    source = None if up is None else up.inputs[0]
+    if source is None or down is None or not source.dtype == down.outputs[0].dtype == onnx_ir.DataType.FLOAT16:
+        return
+    node.replace_input_with(0, source)
+    node.outputs[0].dtype = source.dtype
+    down.outputs[0].replace_all_uses_with(node.outputs[0])
+    graph.remove(down, safe=True)
+    if up is not None and not up.outputs[0].uses():
+        graph.remove(up, safe=True)
 
 
 def _join(graph: "onnx_ir.Graph", concat: "onnx_ir.Node") -> bool:

@@ -10,7 +10,7 @@ does not look exactly as `targets.onnx` writes it (a mask, an op kept in float32
 inside.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,11 +28,14 @@ WIDEST_HEAD = 256
 _TO_NHWC, _TO_NCHW, _HEADS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2], [0, 2, 1, 3]
 
 
-def fuse(model: "onnx_ir.Model") -> dict[str, int]:
-    """Change a model with typed values (`onnx_fp16.read`) in place; returns how many of each op it has now."""
+def fuse(model: "onnx_ir.Model", kept: Collection[str] = ()) -> dict[str, int]:
+    """Change a model with typed values (`onnx_fp16.read`) in place; returns how many of each op it has now.
+
+    `kept`: the nodes that a range scan keeps in float32.
+    """
     from onnx_ir.passes import common
 
-    onnx_cpu.undo_blocks(model)
+    onnx_cpu.undo(model, kept)
     nodes = list(model.graph)
     counts = {
         "GroupNorm": sum(_group_norm(model.graph, node) for node in nodes if node.op_type == "InstanceNormalization"),

@@ -47,9 +47,11 @@ def build(
     opset: int = onnx.DEFAULT_OPSET,
     external: bool | None = None,
     edit: "Callable[[onnx_ir.Model], object] | None" = None,
+    wide: Collection[str] = (),
     also: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Export a graph whose module is in torch.float16; as `onnx.build`, with float32 inputs and outputs.
+    """Export a graph whose module is in torch.float16; as `onnx.build`, with float32 inputs and outputs, and `wide`
+    ops in float32.
 
     The timestep reaches the module in float32, as its sine and cosine are taken of numbers up to 999.
     """
@@ -59,14 +61,9 @@ def build(
     def edited(model: "onnx_ir.Model") -> None:
         if edit is not None:
             edit(model)
-        float32_edges(model)
+        keep_float32(model, {str(node.name) for node in model.graph if node.op_type in wide})
 
     return onnx.build(half, folder, opset=opset, precision="fp16", external=external, edit=edited, also=also)
-
-
-def float32_edges(model: "onnx_ir.Model") -> None:
-    """Make half inputs and outputs float32, by a Cast behind or before each."""
-    keep_float32(model, ())
 
 
 def read(path: Path) -> "onnx_ir.Model":

@@ -16,6 +16,7 @@ from hypersd_export.graphs.spec import DRAWING, Component
 from hypersd_export.job import Job, open_job
 from hypersd_export.targets import Target, onnx_cpu, onnx_cuda, onnx_fp16
 from hypersd_export.targets import onnx as target
+from hypersd_export.verify.metrics import psnr
 
 HEADS, QUERIES, KEYS, WIDTH = 2, 24, 10, 8
 MB = 2**20
@@ -96,7 +97,7 @@ def test_attention_in_blocks_is_the_attention(queries, monkeypatch):
     assert ops(model) == {"Split": 1, "MatMul": 8, "Softmax": 4, "Concat": 1, "Transpose": 1}
     np.testing.assert_allclose(evaluated(model), whole, rtol=0, atol=1e-6)
 
-    assert onnx_cpu.undo_blocks(model) == 1
+    assert onnx_cpu.undo(model) == 1
     assert ops(model) == {"MatMul": 2, "Softmax": 1, "Transpose": 1}
     np.testing.assert_array_equal(evaluated(model), whole)
 
@@ -119,7 +120,7 @@ def test_a_concat_of_other_things_is_not_joined(monkeypatch):
     swapped = concat.inputs[1]
     concat.replace_input_with(1, concat.inputs[0])
     concat.replace_input_with(0, swapped)
-    assert onnx_cpu.undo_blocks(model) == 0
+    assert onnx_cpu.undo(model) == 0
 
 
 def test_a_gate_is_two_products():
@@ -149,17 +150,40 @@ def all_blocks(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_export_for_processors_has_them_and_its_gates_pass(tiny_spec, tmp_path, all_blocks, precision):
     spec = replace(tiny_spec, precision=precision, jobs=1, out=tmp_path / "bundle", cache_dir=tmp_path / "cache")
-    parity = export(spec).manifest.parity
+    parity = export(spec, isolate=False).manifest.parity
     assert min(figures["psnr_db"] for figures in parity.values()) > (90 if precision == "fp32" else 45)
     for component in DRAWING:
         blocks = onnx_fp16.read(spec.out / component / target.MODEL_FILE)
         assert any(node.name.endswith(".blocks") for node in blocks.graph)
         whole = onnx_fp16.read(spec.out / component / target.MODEL_FILE)
-        assert onnx_cpu.undo_blocks(whole) > 0
+        assert onnx_cpu.undo(whole) > 0
         assert not any(".blocks" in node.name and node.op_type == "Concat" for node in whole.graph)
+        softmaxes = {node.outputs[0].dtype for node in blocks.graph if node.op_type == "Softmax"}
+        assert softmaxes == {onnx_ir.DataType.FLOAT}  # onnxruntime's CPU provider has no other kernel
+        (half,) = {node.outputs[0].dtype for node in whole.graph if node.op_type == "Softmax"}
+        assert half == (onnx_ir.DataType.FLOAT16 if precision == "fp16" else onnx_ir.DataType.FLOAT)
     unet = onnx_fp16.read(spec.out / "unet" / target.MODEL_FILE)
     assert onnx_cuda.fuse(unet)["MultiHeadAttention"] > 0
     assert not any(node.op_type == "Softmax" for node in unet.graph)
+
+
+def test_what_a_scan_keeps_in_float32_stays_there(tiny_spec, tmp_path, all_blocks):
+    spec = replace(tiny_spec, precision="fp16", jobs=1, verify=False, golden=False, scan=False, out=tmp_path / "bundle")
+    export(replace(spec, cache_dir=tmp_path / "cache"))
+    path = spec.out / "unet" / target.MODEL_FILE
+    model = onnx_fp16.read(path)
+    first = next(node for node in model.graph if node.op_type == "Softmax")
+    assert onnx_cpu.undo(model, kept=[first.name]) > 0
+    softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
+    wide = [node.name for node in softmaxes if node.outputs[0].dtype == onnx_ir.DataType.FLOAT]
+    assert wide == [first.name]
+    portable = onnx_fp16.save_beside(model, path, tmp_path / "narrow")
+    feeds = {value.name: np.full(value.shape, 0.5, np.float32) for value in model.graph.inputs}
+    one, other = (
+        onnxruntime.InferenceSession(each, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        for each in (path, portable)
+    )
+    assert psnr(one, other) > 60
 
 
 def test_other_providers_and_engines_get_attention_whole(tiny_spec):
