@@ -107,13 +107,19 @@ def checked(lora: Official, path: Path, model: str) -> dict[str, Any]:
 
 
 def specs(
-    loras: Sequence[tuple[Official, Path]], forms: Sequence[str], *, base: str, out: Path, cache_dir: Path | None
+    loras: Sequence[tuple[Official, Path]],
+    forms: Sequence[str],
+    *,
+    base: str,
+    provider: str,
+    out: Path,
+    cache_dir: Path | None,
 ) -> dict[str, ExportSpec]:
     """What is exported, by name; the plan is the one that the LoRA's file name stands for."""
     return {
         f"{form}-{lora.steps}": ExportSpec(
-            **FORMS[form], base=base, loras=(str(path),), out=out / "bundles" / f"{form}-{lora.steps}", overwrite=True,
-            cache_dir=cache_dir,
+            **FORMS[form], base=base, provider=provider, loras=(str(path),), cache_dir=cache_dir,
+            out=out / "bundles" / f"{form}-{lora.steps}", overwrite=True,
         )
         for lora, path in loras
         for form in forms
@@ -163,7 +169,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prompts = read_prompts(options.prompts, options.count)
     loras = [(lora, lora_file(lora, options.loras)) for lora in wanted]
     base, forms = options.base or wanted[0].base, options.form or ["onnx-fp32", "onnx-fp16", "tensorrt"]
-    planned = specs(loras, forms, base=base, out=options.out, cache_dir=options.cache_dir)
+    planned = specs(
+        loras, forms, base=base, provider=options.provider or "cpu", out=options.out, cache_dir=options.cache_dir
+    )
     data: dict[str, Any] = {
         "model": options.model, "base": base, "prompts": len(prompts), "eye": options.clip,
         "loras": [checked(lora, path, options.model) for lora, path in loras],
