@@ -288,11 +288,14 @@ def _unet_texts(run: Verification, count: int) -> Text:
 
 
 def _vae(run: Verification) -> None:
-    """Every plan's picture; the decoder on the default plan's latents (and on noise, if it takes several at once), the
-    encoder on what torch decoded from them. The other plans' latents are decoded by the whole pipeline."""
+    """Every plan's picture; the decoder on the default plan's latents and on noise, the encoder on what torch decoded
+    from them. The other plans' latents are decoded by the whole pipeline.
+
+    On noise, as a wrong activation in a decoder need not show on latents that keep near zero.
+    """
     from hypersd_export.verify.reference import decode, encode, to_uint8, unscale
 
-    request, more = run.request, run.request.shapes.batch - 1
+    request, batch = run.request, run.request.shapes.batch
     module = run.load("vae")
     unscaled = {steps: unscale(module, latents) for steps, latents in run.latents.items()}
     pictures = {steps: decode(module, latents) for steps, latents in unscaled.items()}
@@ -300,28 +303,31 @@ def _vae(run: Verification) -> None:
     if not run.compares(Component.VAE_DECODER):
         return
     steps = run.plans.default.steps
-    codes, decoded = unscaled[steps], pictures[steps]
-    if more:
-        noise = philox_normal(seed=GATE_SEED, index=1, stream=0, shape=(more, *run.shape))
-        codes, decoded = np.concatenate([codes, noise]), np.concatenate([decoded, decode(module, noise)])
-    view = np.clip(decoded, -1, 1)
-    encoded = encode(module, view)
+    random = philox_normal(seed=GATE_SEED, index=1, stream=0, shape=(batch, *run.shape))
+    codes = {f"{steps} steps": np.repeat(unscaled[steps], batch, axis=0), "noise": random}
+    decoded = {f"{steps} steps": np.repeat(pictures[steps], batch, axis=0), "noise": decode(module, random)}
+    views = {name: np.clip(image, -1, 1) for name, image in decoded.items()}
+    encoded = {name: encode(module, view) for name, view in views.items()}
     corners = {part: run.corners(part, module) for part in (Component.VAE_DECODER, Component.VAE_ENCODER)}
     del module
     gc.collect()
     gate, graph = run.gate(Component.VAE_DECODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_DECODER)
-    gate.compare(graph.run(latent_sample=codes)["sample"], decoded, f"for {steps} steps")
+    for name, z in codes.items():
+        gate.compare(graph.run(latent_sample=z)["sample"], decoded[name], f"for {name}")
     for corner in corners[Component.VAE_DECODER]:
         corner.compare(gate, graph)
     if not run.compares(Component.VAE_ENCODER):
         return
     gate, graph = run.gate(Component.VAE_ENCODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_ENCODER)
-    halves = zip(
-        np.split(graph.run(sample=view)["latent_parameters"], 2, axis=1), np.split(encoded, 2, axis=1),
-        ("mean", "log-variance"), strict=True,
-    )  # fmt: skip
-    for mine, theirs, half in halves:  # apart: the log-variance's range would hide the mean's error
-        gate.compare(mine, theirs, f"in the {half} for {steps} steps")
+    for name, view in views.items():
+        halves = zip(
+            np.split(graph.run(sample=view)["latent_parameters"], 2, axis=1),
+            np.split(encoded[name], 2, axis=1),
+            ("mean", "log-variance"),
+            strict=True,
+        )
+        for mine, theirs, half in halves:  # apart: the log-variance's range would hide the mean's error
+            gate.compare(mine, theirs, f"in the {half} for {name}")
     for corner in corners[Component.VAE_ENCODER]:
         corner.compare(gate, graph)
 
