@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 BLOCK_BYTES = 2**24
-"""Of a block's scores in float32, at most. Of 4 to 67 MB this one was the quickest (docs/log.md)."""
+"""Of a block's scores in float32, at most; from 4 to 34 MB no difference showed (docs/log.md)."""
 MOST_BLOCKS = 64
 """Of one attention: each is three more nodes."""
 WIDE = ("Softmax",)

@@ -105,7 +105,7 @@ def quick_verify(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def request_for(tiny_base, exported, tmp_path):
+def request_for(tiny_base: Path, exported: Exported, tmp_path: Path) -> VerifyRequest:
     """A verification of a copy of the exported bundle."""
     bundle = tmp_path / "bundle"
     shutil.copytree(exported.path, bundle)

@@ -74,7 +74,7 @@ def test_a_call_that_two_plans_have_in_common_is_kept_once(plans):
     assert all(call[0] is first[0] and call[1] is first[1] for call in calls.values())
 
 
-def test_torch_calls_the_unet_for_the_gates_alone_nowhere(request_for, monkeypatch):
+def test_torch_calls_the_unet_for_the_gates_alone_nowhere(request_for, plans, monkeypatch):
     """Of one image at a time: a call a step; pictures of each plan's latents and of noise, two encoded again."""
     counts = dict.fromkeys(("unet_output", "decode", "encode"), 0)
 
@@ -90,7 +90,6 @@ def test_torch_calls_the_unet_for_the_gates_alone_nowhere(request_for, monkeypat
     assert request_for.shapes.batch == 1
     report = worker.verify(request_for)
     assert report["failures"] == []
-    plans = PlanFile.from_json(json.loads((request_for.bundle / "plan.json").read_text(encoding="utf-8")))
     assert counts == {
         "unet_output": sum(entry.steps for entry in plans.entries), "decode": len(plans.entries) + 1, "encode": 2,
     }  # fmt: skip
