@@ -1,9 +1,10 @@
-"""Pipelines with random weights: `python -m benchmarks.random_pipeline sd15|sd21|sdxl|lcm OUT [--tiny]`
+"""Pipelines with random weights: `python -m benchmarks.random_pipeline sd15|sd21|sdxl|lcm OUT [--tiny] [--lora FILE]`
 
 In diffusers' format, without a network, to try and measure an export where no weights can be had. Sizes are those of
 the published config.json files, weights are fp16 and normal with a deviation of 0.02 (biases too), so that pictures are
 noise. SD 2.x is the 768-v one; lcm is SD 1.5 whose UNet embeds its guidance. `--tiny`: the same families at 32 px, in
 float32 as torch initialises them, with CLIP's whole vocabulary (SD 2.x: 200 MB of it, as its states stay 1,024 wide).
+`--lora`: a LoRA for its UNet beside it, with the rank and the modules of the recipe, in fp16.
 """
 
 import argparse
@@ -132,6 +133,28 @@ def text_encoder(kind: str, config: Mapping[str, Any]) -> Any:
     return model
 
 
+def write_lora(folder: Path, path: Path) -> Path:
+    """A random LoRA for the UNet of a pipeline folder, a twentieth of its weights or so; returns its path."""
+    import torch
+
+    from hypersd_export.model.base import open_base
+    from hypersd_export.model.lora import Delta, save_kohya
+    from trainer.distill.config import LoraConfig
+
+    config, generator = LoraConfig(), torch.Generator().manual_seed(0)
+    deltas = {}
+    for name, module in open_base(folder).skeleton("unet").named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and f".{name}".endswith(
+            tuple(f".{end}" for end in config.modules)
+        ):
+            out, *rest = module.weight.shape
+            down = torch.randn(config.rank, *rest, generator=generator)
+            up = torch.randn(out, config.rank, *(1 for _ in rest[1:]), generator=generator) * 1e-4
+            deltas[name] = Delta(down=down, up=up, alpha=config.alpha)
+    save_kohya(path, {"unet": deltas}, {}, dtype=torch.float16)
+    return path
+
+
 def write(family: str, folder: Path, *, tiny: bool = False, say: Callable[[str], object] = lambda _: None) -> Path:
     """The pipeline folder, one component in memory at a time; returns it."""
     clip = ["transformers", "CLIPTokenizer"]
@@ -162,10 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("out", type=Path, help="the pipeline's folder, made if missing")
     parser.add_argument("--tiny", action="store_true", help="a size for tests")
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="a random LoRA for its UNet, of the recipe's size")
     options = parser.parse_args(arguments)
     with one_line_error() as ended:
         options.out.mkdir(parents=True, exist_ok=True)
         write(options.family, options.out, tiny=options.tiny, say=print)
+        if options.lora is not None:
+            print(write_lora(options.out, options.lora))
     return ended.code
 
 

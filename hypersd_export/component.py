@@ -61,9 +61,7 @@ class ComponentTask:
         from hypersd_export.targets import onnx, onnx_cpu, onnx_fp16
 
         half = self.precision == "fp16"
-        # Fused in float32 and rounded once; where nothing is fused there is no need of a float32 copy.
-        fuses = bool(source.loras_of(component.source))
-        module, fused = source.load(component.source, torch.float32 if fuses or not half else torch.float16)
+        module, fused = source.load(component.source, torch.float16 if half else torch.float32)
         if half:
             onnx_fp16.check_weights(module.half(), component)
         drop_pages()  # what was copied is not read again, and the rest not before it is saved

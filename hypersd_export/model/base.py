@@ -103,8 +103,8 @@ class BaseModel:
         """The VAE in `dtype`, in eval mode, without gradients; loaded anew at each call."""
         return self._load("vae", dtype)
 
-    def load(self, name: str, dtype: "torch.dtype") -> "torch.nn.Module":
-        """The component of this name, as the others."""
+    def load(self, name: str, dtype: "torch.dtype | None") -> "torch.nn.Module":
+        """The component of this name, as the others; None leaves its weights in the file's dtypes."""
         module: torch.nn.Module = self._load(name, dtype)
         return module
 
@@ -116,7 +116,7 @@ class BaseModel:
         """A component on the meta device (names and shapes without memory), to check a LoRA before any work."""
         return parts.skeleton(self._part(name))
 
-    def _load(self, name: str, dtype: "torch.dtype") -> Any:
+    def _load(self, name: str, dtype: "torch.dtype | None") -> Any:
         return parts.load(self._part(name), dtype)
 
     def _part(self, name: str) -> Part:

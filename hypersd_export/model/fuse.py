@@ -1,4 +1,4 @@
-"""Put a LoRA into a module's weights, in place and in float32, with a proof for each module that it landed.
+"""Put LoRAs into a module's weights, in place and in float32, with a proof for each module that they landed.
 
     W ← W + scale · alpha / rank · up @ down
 
@@ -8,20 +8,35 @@ is formed in float32 for half-precision weights too.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypersd_export.errors import LoraError
 from hypersd_export.model.families import Family, family_of_lora
 from hypersd_export.model.ldm_names import unet_ldm_names
 from hypersd_export.model.lora import Delta, check_scale, cross_attention_width, first
+from hypersd_export.model.pages import Relief
 
 if TYPE_CHECKING:
     import torch
 
 CHUNK = 1 << 18  # elements of a weight at once: the float32 copies stay in the cache and cost no memory
 LOST_WARNING = 0.1  # of the delta's norm, rounded away by half-precision weights
+SUMS = ("delta", "weight", "landed", "lost")
+"""What is squared and summed: the delta, the weights before, what they gained, and the difference to the delta."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fusion:
+    """What is to be added to a component: `LoraFile.components[component]`, by `scale`; `source` is the file's name."""
+
+    deltas: Mapping[str, Delta]
+    scale: float
+    source: str = "LoRA"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,67 +187,143 @@ def fuse(
     name for messages. LoraError, before anything is changed, for a scale of zero and for what `match` refuses; after
     it (the module is to be thrown away then) for a delta that is zero throughout, is rounded away, or overflows.
     """
+    return fuse_all(module, [Fusion(deltas=deltas, scale=scale, source=source)], component=component)[0]
+
+
+def fuse_all(
+    module: "torch.nn.Module", fusions: Sequence[Fusion], *, component: str, dtype: "torch.dtype | None" = None
+) -> list[FuseReport]:
+    """As `fuse`, several LoRAs in their order and one weight after the other; returns a report for each.
+
+    With a `dtype` each weight that changes becomes a new one: all deltas are added to it in float32, and it is rounded
+    to `dtype` once. Weights that no LoRA changes are left alone, and so are mapped files. Needs no memory beyond the
+    new weights.
+    """
     import torch
 
-    check_scale(scale, source)
-    matched = match(module, deltas, component=component, source=source)
-    proofs: dict[str, ModuleProof] = {}
-    squares = dict.fromkeys(("delta", "weight", "landed", "lost"), 0.0)
-    with torch.no_grad():
-        for name, delta in matched.items():
-            target: Any = module.get_submodule(name)
-            proofs[name] = _fuse_one(target.weight, delta, scale, squares, f"{source}: {component}.{name}")
-    if squares["delta"] == 0:
-        raise LoraError(
-            f"{source}: its {component} part is zero in all {len(proofs)} modules (untrained?); use --lora none"
+    for fusion in fusions:
+        check_scale(fusion.scale, fusion.source)
+    matched = [match(module, each.deltas, component=component, source=each.source) for each in fusions]
+    relief = Relief()
+
+    @torch.no_grad()
+    def fused(name: str) -> list[_Gain | None]:
+        target: Any = module.get_submodule(name)
+        relief(target.weight)
+        gains = [
+            _Gain(delta=found[name], scale=each.scale, what=f"{each.source}: {component}.{name}")
+            if name in found else None
+            for each, found in zip(fusions, matched, strict=True)
+        ]  # fmt: skip
+        new = None if dtype is None else torch.empty_like(target.weight, dtype=dtype)
+        _add(target.weight, [gain for gain in gains if gain is not None], new)
+        if new is not None:
+            target.weight = torch.nn.Parameter(new, requires_grad=False)
+        return gains
+
+    names = list(dict.fromkeys(name for found in matched for name in found))
+    # In place one after the other: mapped memory may not be given back while another thread writes to it.
+    gains = list(map(fused, names) if dtype is None else _side_by_side(fused, names))
+    summed = next(module.parameters()).dtype if dtype is None else torch.float32
+    return [
+        _report(
+            fusion, {name: found for name, each in zip(names, gains, strict=True) if (found := each[number])},
+            component=component, dtype=summed,
         )
-    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-    if squares["landed"] == 0:
-        raise LoraError(f"{source}: its {component} part is rounded away in {dtype}; load the base in float32")
-    lost = math.sqrt(squares["lost"] / squares["delta"])
-    warnings = [f"{source}: {lost:.0%} of its {component} part is lost to rounding in {dtype}"] * (lost > LOST_WARNING)
+        for number, fusion in enumerate(fusions)
+    ]  # fmt: skip
+
+
+def _side_by_side(function: Callable[[str], Result], names: Sequence[str]) -> Iterator[Result]:
+    """The results in their order, each of one thread. Ops that are shared out among threads wait for the slowest at
+    every end, which takes three times as long where another process has one of the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(function, names)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Gain:
+    """One delta, and what its weight has gained of it: the sums of squares of `SUMS`, the largest error."""
+
+    delta: Delta
+    scale: float
+    what: str
+    squares: list[float] = field(default_factory=lambda: [0.0] * len(SUMS))
+    error: float = 0.0
+
+    @property
+    def proof(self) -> ModuleProof:
+        """When all of the delta is added."""
+        size, own = math.sqrt(self.squares[0]), math.sqrt(self.squares[1])
+        relative = size / own if own else (math.inf if size else 0.0)
+        return ModuleProof(rank=self.delta.rank, alpha=self.delta.alpha, relative=relative, error=self.error)
+
+
+def _add(weight: "torch.Tensor", gains: Sequence[_Gain], new: "torch.Tensor | None") -> None:
+    """Add the deltas, some rows at a time, to the weight or to a float32 copy of the rows, which goes into `new`; read
+    back, and compare what was gained with the delta."""
+    import torch
+
+    rows = max(1, CHUNK // weight[0].numel())
+    downs = [gain.delta.down.float().flatten(1) for gain in gains]
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows]
+        if new is not None:
+            part = part.to(torch.float32, copy=True)
+        for gain, down in zip(gains, downs, strict=True):
+            up = gain.delta.up[start : start + rows].float().flatten(1)
+            change = (up @ down).mul_(gain.scale * gain.delta.multiplier).reshape(part.shape)
+            before = part.to(torch.float32, copy=True)
+            part.copy_(before + change)
+            gained, error = _prove(before, change, part, gain.what)
+            gain.error = max(gain.error, *(abs(float(end)) for end in torch.aminmax(error)))
+            for number, tensor in enumerate((change, before, gained, error)):
+                flat = tensor.flatten()
+                gain.squares[number] += float(torch.dot(flat, flat))
+        if new is not None:
+            new[start : start + rows].copy_(part)
+
+
+def _report(fusion: Fusion, gains: dict[str, _Gain], *, component: str, dtype: "torch.dtype") -> FuseReport:
+    """The proof of one LoRA over all modules; LoraError if there is nothing of it in weights of `dtype`."""
+    source, kind = fusion.source, str(dtype).removeprefix("torch.")
+    size, own, landed, missing = (
+        math.fsum(each) for each in zip(*(gain.squares for gain in gains.values()), strict=True)
+    )
+    if size == 0:
+        raise LoraError(
+            f"{source}: its {component} part is zero in all {len(gains)} modules (untrained?); use --lora none"
+        )
+    if landed == 0:
+        raise LoraError(f"{source}: its {component} part is rounded away in {kind}; load the base in float32")
+    lost = math.sqrt(missing / size)
+    warnings = [f"{source}: {lost:.0%} of its {component} part is lost to rounding in {kind}"] * (lost > LOST_WARNING)
     return FuseReport(
-        component=component, scale=scale, modules=proofs, lost=lost, warnings=tuple(warnings),
-        relative=math.sqrt(squares["delta"] / squares["weight"]) if squares["weight"] else math.inf,
-        error=max(proof.error for proof in proofs.values()),
+        component=component, scale=fusion.scale, modules={name: gain.proof for name, gain in gains.items()}, lost=lost,
+        relative=math.sqrt(size / own) if own else math.inf, error=max(gain.error for gain in gains.values()),
+        warnings=tuple(warnings),
     )  # fmt: skip
 
 
-def _fuse_one(weight: "torch.Tensor", delta: Delta, scale: float, squares: dict[str, float], what: str) -> ModuleProof:
-    """One module, some rows at a time: add, read back, and compare what the weight gained with the delta."""
+def _prove(
+    before: "torch.Tensor", change: "torch.Tensor", weight: "torch.Tensor", what: str
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """What each element gained, and that less the delta; LoraError unless the weight is their sum, rounded once."""
     import torch
 
-    down = delta.down.float().flatten(1)
-    sums = dict.fromkeys(squares, 0.0)
-    worst = 0.0
-    rows = max(1, CHUNK // weight[0].numel())
-    for start in range(0, weight.shape[0], rows):
-        part, up = weight[start : start + rows], delta.up[start : start + rows].float().flatten(1)
-        change = ((up @ down) * (scale * delta.multiplier)).reshape(part.shape)
-        before = part.float().clone()
-        part.copy_(before + change)
-        error = _prove(before, change, part, what)
-        worst = max(worst, float(error.max()))
-        for key, tensor in (("delta", change), ("weight", before), ("landed", part.float() - before), ("lost", error)):
-            sums[key] += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-    for key, value in sums.items():
-        squares[key] += value
-    size, own = math.sqrt(sums["delta"]), math.sqrt(sums["weight"])
-    relative = size / own if own else (math.inf if size else 0.0)
-    return ModuleProof(rank=delta.rank, alpha=delta.alpha, relative=relative, error=worst)
-
-
-def _prove(before: "torch.Tensor", change: "torch.Tensor", weight: "torch.Tensor", what: str) -> "torch.Tensor":
-    """|gain - delta| per element; LoraError where it is more than the rounding of the weight's dtype explains."""
-    import torch
-
-    after = weight.float()
-    if not bool(after.isfinite().all()):
+    if not all(end.isfinite() for end in torch.aminmax(weight)):  # either end is NaN if any weight is
         raise LoraError(f"{what}: overflows {weight.dtype} with this LoRA; load the base in float32 or lower the scale")
-    error = (after - before).sub_(change).abs_()
-    info = torch.finfo(weight.dtype)
-    allowed = torch.maximum(before.abs(), after.abs()).mul_(info.eps).add_(info.smallest_normal * info.eps)
-    allowed.add_(change.abs(), alpha=4 * torch.finfo(torch.float32).eps)
-    if bool((error > allowed).any()):
-        raise LoraError(f"{what}: did not land, off by {float(error.max()):.3g}; the weights changed under the fusion")
-    return error
+    gained = weight.float() - before
+    error = gained - change
+    if not torch.equal(weight, (before + change).to(weight.dtype)):
+        raise LoraError(
+            f"{what}: did not land, off by {float(error.abs().max()):.3g}; the weights changed under the fusion"
+        )
+    return gained, error

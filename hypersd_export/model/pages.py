@@ -3,10 +3,36 @@
 import ctypes
 import sys
 from pathlib import Path
+from typing import Protocol
 
 SMAPS = Path("/proc/self/smaps")
 MADV_DONTNEED = 4
 """Of Linux, for madvise(2): drop a mapping's pages; they are read from the file again when they are touched."""
+
+RELIEF_BYTES = 200_000_000
+"""So much of mapped weights at most is resident while they are read one by one."""
+
+
+class Sized(Protocol):
+    """A tensor, of torch's or of a graph's."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+
+class Relief:
+    """Told of each weight that is read next: gives back the memory of those that were read from mapped files."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __call__(self, tensor: Sized) -> None:
+        """Before `tensor` is read."""
+        self.read += tensor.nbytes
+        if self.read > RELIEF_BYTES:
+            drop_pages()
+            self.read = 0
 
 
 def drop_pages() -> int:

@@ -17,6 +17,7 @@ from hypersd_export.errors import ModelError
 from hypersd_export.model.files import is_pickle, read_header, read_tensors
 from hypersd_export.model.ldm_names import unet_ldm_names, vae_ldm_names
 from hypersd_export.model.open_clip import from_open_clip
+from hypersd_export.model.pages import Relief
 
 if TYPE_CHECKING:
     import torch
@@ -112,8 +113,11 @@ def _build_second(config: dict[str, Any]) -> "torch.nn.Module":
     return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
 
 
-def load(part: Part, dtype: "torch.dtype") -> "torch.nn.Module":
-    """The module with its weights, in `dtype`, in eval mode, without gradients; ModelError if anything is amiss."""
+def load(part: Part, dtype: "torch.dtype | None") -> "torch.nn.Module":
+    """The module with its weights, in `dtype` (None: as the file has them), in eval mode, without gradients.
+
+    Raises ModelError if anything is amiss.
+    """
     module = skeleton(part)
     state: dict[str, torch.Tensor] = {}
     for path in part.files:
@@ -132,12 +136,27 @@ def load(part: Part, dtype: "torch.dtype") -> "torch.nn.Module":
             "pass the folder with its own config.json" if part.layout is Layout.diffusers else "pass a plain checkpoint"
         )
         raise ModelError(f"{part.label}: {len(surplus)} tensors too many ({_first(surplus)}) for its config; {way}")
-    tensors = {}
+    tensors, relief = {}, Relief()
     for name, source in sources.items():
         tensor = state.pop(source).reshape(wanted[name])
-        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        tensors[name] = tensor if dtype is None else _cast(tensor, dtype, relief)
     module.load_state_dict(tensors, assign=True, strict=True)
     return module.eval().requires_grad_(False)
+
+
+def cast(module: "torch.nn.Module", dtype: "torch.dtype") -> None:
+    """Have all weights in `dtype`, one after the other: mapped files leave memory as they are read."""
+    relief = Relief()
+    for parameter in module.parameters():
+        parameter.data = _cast(parameter.data, dtype, relief)
+
+
+def _cast(tensor: "torch.Tensor", dtype: "torch.dtype", relief: Relief) -> "torch.Tensor":
+    """The tensor in `dtype`; itself, and not read, where it has that or is not of floating point."""
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    relief(tensor)
+    return tensor.to(dtype)
 
 
 def match_names(part: Part, module: "torch.nn.Module", present: set[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypersd_export.errors import MissingBackend, OptionError
 from hypersd_export.graphs.spec import Graph
-from hypersd_export.model.pages import drop_pages
+from hypersd_export.model.pages import Relief
 from hypersd_export.targets import onnx_lean
 from hypersd_export.targets.onnx_data import weights_in
 
@@ -31,8 +31,6 @@ OPSETS = range(18, 24)
 """What torch.onnx (2.13) can write: 18 is its own opset, 23 its latest."""
 EXTERNAL_DATA_BYTES = 1_500_000_000
 DIGEST = "data_sha256"
-RELIEF_BYTES = 600_000_000
-"""So much of mapped weights at most is resident while they are written."""
 
 
 def check_options(*, opset: int) -> None:
@@ -302,20 +300,6 @@ def save(
     with weights_in(model, folder / data, also=also, told=Relief()) as digest:
         onnx_ir.save(model, folder / file)
     return digest
-
-
-class Relief:
-    """Told of each weight that is read next: gives back the memory of those that were read from mapped files."""
-
-    def __init__(self) -> None:
-        self.read = 0
-
-    def __call__(self, tensor: "onnx_ir.TensorProtocol | torch.Tensor") -> None:
-        """Before `tensor` is read."""
-        self.read += tensor.nbytes
-        if self.read > RELIEF_BYTES:
-            drop_pages()
-            self.read = 0
 
 
 def check(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:

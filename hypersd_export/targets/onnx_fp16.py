@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypersd_export.errors import ModelError
 from hypersd_export.graphs.spec import Graph
+from hypersd_export.model.pages import Relief
 from hypersd_export.targets import onnx
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def check_weights(module: "torch.nn.Module", what: str) -> None:
     """`ModelError` for a weight that is no number in fp16, which no choice of ops could mend."""
     import torch
 
-    relief = onnx.Relief()
+    relief = Relief()
     for name, weight in module.state_dict().items():
         relief(weight)
         if weight.dtype != torch.float16 or not weight.numel():

@@ -67,16 +67,24 @@ class Source:
     def load(self, component: str, dtype: "torch.dtype") -> "tuple[torch.nn.Module, list[dict[str, Any]]]":
         """A component with its LoRAs fused, in eval mode without gradients, and a report on each fusion.
 
-        Fusing is done in float32 and proven (`model.lora.fuse`), whatever `dtype` is. Raises `ModelError`, `LoraError`.
+        Fusing is done in float32 and proven (`model.fuse`), and rounded once, whatever `dtype` is; one weight at a
+        time, so that no float32 copy of the network is ever there. Raises `ModelError`, `LoraError`.
         """
-        from hypersd_export.model.fuse import fuse
+        from hypersd_export.model.fuse import Fusion, fuse_all
+        from hypersd_export.model.parts import cast
 
-        module = self.base.load(component, dtype)
-        reports = []
-        for lora, scale in self.loras_of(component):
-            report = fuse(module, lora.components[component], scale=scale, component=component, source=lora.path.name)
-            reports.append({"file": lora.path.name, **report.to_json()})
-        return module, reports
+        found = self.loras_of(component)
+        if not found:
+            return self.base.load(component, dtype), []
+        module = self.base.load(component, None)
+        fusions = [
+            Fusion(deltas=lora.components[component], scale=scale, source=lora.path.name) for lora, scale in found
+        ]
+        reports = fuse_all(module, fusions, component=component, dtype=dtype)
+        cast(module, dtype)
+        return module, [
+            {"file": fusion.source, **report.to_json()} for fusion, report in zip(fusions, reports, strict=True)
+        ]
 
     def check_loras(self) -> None:
         """`LoraError` for a LoRA with a key or a shape that does not fit, found without loading any weights."""

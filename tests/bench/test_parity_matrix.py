@@ -3,13 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import parity_matrix
 from benchmarks.parity_matrix import EMBEDDED, FORMS, PLANS, Form, cell, main, page, specs
-from benchmarks.random_pipeline import FAMILIES, SCHEDULE, write
+from benchmarks.random_pipeline import FAMILIES, SCHEDULE, write, write_lora
 from hypersd_export.errors import ParityError
 from hypersd_export.model.base import open_base
 from hypersd_export.model.families import Family
+from hypersd_export.verify.source import SourceRequest, open_source
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -23,6 +25,21 @@ def test_tiny_pipelines_are_of_their_family(family, tmp_path):
     assert (base.unet_config.get("time_cond_proj_dim") is not None) == (family == "lcm")
     last = list(base.tokenizers.values())[-1]
     assert last.pad == ("!" if family in ("sd21", "sdxl") else "<|endoftext|>")
+
+
+def test_a_random_lora_is_of_the_recipe_s_size_and_fits(tmp_path):
+    folder = write("sd15", tmp_path / "sd15", tiny=True)
+    source = open_source(SourceRequest(base=str(folder), loras=((str(write_lora(folder, tmp_path / "l.st")), 1.0),)))
+    source.check_loras()
+    lora, _ = source.loras[0]
+    assert lora.ranks == (64,)
+    assert {name.rpartition("attn1_")[2] for name in lora.components["unet"] if "attn1_" in name} == {
+        "to_q", "to_k", "to_v", "to_out_0"
+    }  # fmt: skip
+    _, (report,) = source.load("unet", torch.float16)
+    assert report["modules"] == len(lora.components["unet"]) > 40
+    assert 0.005 < report["relative_norm"] < 0.2
+    assert report["zero_modules"] == 0
 
 
 def test_every_family_has_every_plan_and_form(tmp_path):

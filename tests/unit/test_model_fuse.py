@@ -10,7 +10,7 @@ import torch
 from hypersd_export.errors import LoraError
 from hypersd_export.model import fuse as fuse_module
 from hypersd_export.model.base import open_base
-from hypersd_export.model.fuse import fuse, match, module_names
+from hypersd_export.model.fuse import Fusion, fuse, fuse_all, match, module_names
 from hypersd_export.model.lora import Delta, read_lora, save_kohya
 from tests.lora_files import (
     LCM_TARGETS,
@@ -253,6 +253,40 @@ def test_several_in_a_row_add_up(unet: Any) -> None:
             if module in pairs:
                 expected += change_of(pairs[module], scale)
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.float16])
+def test_one_weight_at_a_time_is_the_same_to_the_bit_as_one_lora_at_a_time(
+    tiny_base: Path, dtype: torch.dtype, file_dtype: torch.dtype
+) -> None:
+    base = open_base(tiny_base)
+    expected = base.load_unet(file_dtype).float()
+    one, two = random_pairs(expected, ("to_q", "conv2"), seed=1), random_pairs(expected, ("to_v", "to_q"), seed=2)
+    fusions = [Fusion(deltas=deltas_of(one), scale=0.5), Fusion(deltas=deltas_of(two, 3.0), scale=-2.0)]
+    reports = [fuse(expected, each.deltas, scale=each.scale, component="unet") for each in fusions]
+    found = base.load_unet(file_dtype)
+    before = {name: (parameter.data, parameter.data.clone()) for name, parameter in found.named_parameters()}
+    for mine, theirs in zip(fuse_all(found, fusions, component="unet", dtype=dtype), reports, strict=True):
+        assert (mine.modules, mine.error) == (theirs.modules, theirs.error)
+        assert (mine.relative, mine.lost) == pytest.approx((theirs.relative, theirs.lost))  # summed in another order
+    touched = {f"{name}.weight" for name in (*one, *two)}
+    for name, parameter in found.named_parameters():
+        old, copy = before[name]
+        assert torch.equal(old, copy)  # a mapped file that is written to stays in memory
+        assert parameter.dtype == (dtype if name in touched else file_dtype)
+        assert (parameter.data_ptr() == old.data_ptr()) == (name not in touched)
+        assert torch.equal(parameter.to(dtype), expected.state_dict()[name].to(dtype))
+
+
+def test_a_lora_that_does_not_fit_stops_all_before_anything_is_changed(unet: Any) -> None:
+    good = Fusion(deltas=deltas_of(random_pairs(unet, ("to_q",))), scale=1.0)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    odd = Fusion(deltas=deltas_of({"nowhere": (torch.ones(1, 4), torch.ones(4, 1))}), scale=1.0, source="odd")
+    for wrong, said in ((odd, "odd: 1 of 1 modules"), (Fusion(deltas=good.deltas, scale=0.0, source="no"), "no: ")):
+        with pytest.raises(LoraError, match=said):
+            fuse_all(unet, [good, wrong], component="unet")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
 
 
 def test_what_the_trainer_saves_fuses_as_what_it_trained(unet: Any, tiny_base: Path, tmp_path: Path) -> None:

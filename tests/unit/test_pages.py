@@ -35,16 +35,24 @@ Anonymous:             0 kB
 """
 
 
-def resident(path: Path) -> int:
-    """Bytes of a mapped file that are in memory."""
-    found, inside = 0, False
+def mappings(path: Path) -> list[tuple[int, int]]:
+    """(resident bytes, those that were written to) of each mapping of a file."""
+    found: list[tuple[int, int]] = []
+    inside = False
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         word, *values = line.split()
         if not word.endswith(":"):
             inside = line.endswith(str(path))
         elif inside and word == "Rss:":
-            found += int(values[0]) * 1024
+            found.append((int(values[0]) * 1024, 0))
+        elif inside and word == "Anonymous:":
+            found[-1] = (found[-1][0], int(values[0]) * 1024)
     return found
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in memory."""
+    return sum(size for size, _ in mappings(path))
 
 
 def test_only_unwritten_private_mappings_of_files_are_dropped():
