@@ -3,7 +3,8 @@
 Both export all components (text encoder, UNet, VAE decoder and encoder) without holding them against torch: ours in
 fp16 with `--no-verify --no-golden --no-scan`, optimum's in its own environment (`make peer-optimum`) in float32, as its
 fp16 export wants a GPU. Wall time and the peak of the process tree's resident memory are measured from outside, mapped
-files included. One more export of ours, with scan and gates, says what those cost. Writes export_race.json.
+files included. One more export of ours, with scan and gates, says what those cost. `--lora`: ours with a LoRA fused as
+well, for which optimum-onnx has no door. Writes export_race.json.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from hypersd_export.bundle.manifest import read_manifest
 from hypersd_export.errors import HypersdError
 from hypersd_export.usage import measure
 
-OURS = ("--lora", "none", "--steps", "1", "--scheduler", "tcd", "--eta", "0", "--guidance", "1", "--precision", "fp16")
+OURS = ("--steps", "1", "--scheduler", "tcd", "--eta", "0", "--guidance", "1", "--precision", "fp16")
 BARE = ("--no-verify", "--no-golden", "--no-scan")
 VERIFICATION = ("onnx-fp16-scan", "verify")
 """The stages that `--no-scan --no-verify --no-golden` leave away."""
@@ -48,9 +49,9 @@ def timed(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, A
     return {"s": round(usage.seconds, 2), "mb": round(usage.peak_mb, 1)}
 
 
-def ours(pipeline: Path, scratch: Path, options: Sequence[str]) -> dict[str, Any]:
+def ours(pipeline: Path, scratch: Path, *options: str, lora: str = "none") -> dict[str, Any]:
     """One export of ours, from nothing."""
-    command = [sys.executable, "-m", "hypersd_export.cli", "--base", str(pipeline), *OURS, *options,
+    command = [sys.executable, "-m", "hypersd_export.cli", "--base", str(pipeline), "--lora", lora, *OURS, *options,
                "--out", str(scratch / "bundle"), "--cache-dir", str(scratch / "cache")]  # fmt: skip
     return timed(command, os.environ) | {"stages": stages(scratch / "bundle")}
 
@@ -64,17 +65,22 @@ def optimums(pipeline: Path, scratch: Path) -> dict[str, Any]:
     return timed(command, peers.peer_environment())
 
 
-def race(pipeline: Path, rounds: int) -> dict[str, Any]:
-    """Both in turn, so many times, and ours once with everything."""
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "optimum": []}
+def race(pipeline: Path, rounds: int, lora: Path | None) -> dict[str, Any]:
+    """All in turn, so many times, and ours once with everything."""
+    runs: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "ours": lambda scratch: ours(pipeline, scratch, *BARE), "optimum": lambda scratch: optimums(pipeline, scratch),
+    }  # fmt: skip
+    if lora is not None:
+        runs["ours with a LoRA"] = lambda scratch: ours(pipeline, scratch, *BARE, lora=str(lora))
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
     for number in range(rounds):
-        for name in found:
+        for name, run in runs.items():
             with tempfile.TemporaryDirectory() as scratch:
-                done = optimums(pipeline, Path(scratch)) if name == "optimum" else ours(pipeline, Path(scratch), BARE)
+                done = run(Path(scratch))
             found[name].append(done)
             print(f"round {number + 1}: {name} {done['s']:.1f} s, {done['mb']:,.0f} MB", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        proven = ours(pipeline, Path(scratch), ())
+        proven = ours(pipeline, Path(scratch))
     return {"rounds": found, "proven": proven, **summary(found, proven)}
 
 
@@ -107,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path, help="a diffusers folder, such as benchmarks.random_pipeline writes")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lora", type=Path, help="time ours with this LoRA too (benchmarks.random_pipeline --lora)")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     with one_line_error(options.out) as ended:
@@ -116,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
         versions = {name: version(name) for name in PACKAGES}
         result = {"pipeline": options.pipeline.name, "machine": machine, "versions": versions}
-        result |= race(options.pipeline, options.rounds)
+        result |= race(options.pipeline, options.rounds, options.lora)
         write_result(options.out, "export_race", result)
         print({key: result[key] for key in ("median", "optimum_over_ours", "verification")})
     return ended.code

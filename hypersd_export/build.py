@@ -23,6 +23,7 @@ from hypersd_export.component import import_unet
 from hypersd_export.graphs.spec import COMPRESSIBLE, Component
 from hypersd_export.helper import Helper, pays
 from hypersd_export.job import Job, code_digests, tool_versions
+from hypersd_export.model.pages import trim
 from hypersd_export.runtime.ports import Ports
 from hypersd_export.targets import Target
 from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE
@@ -40,7 +41,8 @@ class OnnxGraphs:
     """The ONNX graphs of one precision: a stage per component (`model.onnx`, `config.json`, `build.json`), and under
     `--single-graph` the `whole` (`pipeline.onnx`, `build.json`).
 
-    A component's build.json has `built` (the manifest's figures), `fused` (the proof of each LoRA) and `fp32_nodes`:
+    A component's build.json has `built` (the manifest's figures), `fused` (the proof of each LoRA), `layout` (what was
+    laid out for processors, by its kind) and `fp32_nodes`:
     the names of the nodes that the range scan keeps in float32.
     """
 
@@ -160,6 +162,8 @@ class Workshop:
         with self.clock.stage(name) as record:
             stage = self.job.cache.get(name, depends, build)
             record.cached = stage.cached
+        if not stage.cached:
+            trim()
         return stage
 
     def _graphs(self, precision: str) -> OnnxGraphs:
@@ -276,7 +280,7 @@ def keep_ops(raw: Path, names: Sequence[str], folder: Path) -> dict[str, str]:
     wanted = set(names)
     there = [node.name for node in model.graph if node.name in wanted]  # the cleaning may have merged equal ones
     notes = json.loads((raw / "build.json").read_text(encoding="utf-8"))
-    _write_json(folder / "build.json", {"built": built, "fused": notes["fused"], "fp32_nodes": there})
+    _write_json(folder / "build.json", notes | {"built": built, "fp32_nodes": there})
     return digests
 
 
@@ -340,12 +344,17 @@ def onnx_record(graphs: OnnxGraphs, opset: int) -> dict[str, Any]:
         **({} if graphs.quantized is None else {"quantize": graphs.quantized}),
         "opset": opset,
         "components": {
-            component.value: note["built"] | _range_record(graphs, component, note)
+            component.value: note["built"] | _layout_record(note) | _range_record(graphs, component, note)
             for component, note in notes.items()
         },
         "fused": [report for component, note in notes.items() if component is not Component.VAE_ENCODER
                   for report in note["fused"]],
     }  # fmt: skip
+
+
+def _layout_record(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """How many layers of a graph are laid out for processors, by their kind, where any are looked for."""
+    return {"layout": notes["layout"]} if notes.get("layout") else {}
 
 
 def _range_record(graphs: OnnxGraphs, component: Component, notes: Mapping[str, Any]) -> dict[str, Any]:

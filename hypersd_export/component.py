@@ -73,7 +73,8 @@ class ComponentTask:
         graph = dataclasses.replace(build_graph(component, module, shapes, embedded_guidance=guidance), axes=axes)
         with collector.collected_after():  # exported programs are full of cycles, and the next component needs the room
             for_cpu = self.for_cpu and component in DRAWING
-            edit = onnx_cpu.lay_out if for_cpu else None
+            layout: dict[str, int] = {}
+            edit = (lambda model: layout.update(onnx_cpu.lay_out(model))) if for_cpu else None
             if half:
                 wide = onnx_cpu.WIDE if for_cpu else ()
                 built = onnx_fp16.build(graph, folder, opset=self.opset, edit=edit, wide=wide, also=also)
@@ -81,7 +82,7 @@ class ComponentTask:
                 built = onnx.build(graph, folder, opset=self.opset, edit=edit, also=also)
         digests = onnx.digests(built)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        notes = {"built": built, "fused": fused, "fp32_nodes": []}
+        notes = {"built": built, "fused": fused, "fp32_nodes": [], "layout": layout}
         (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
         return digests
 

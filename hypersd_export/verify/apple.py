@@ -1,12 +1,11 @@
 """How far a plan's picture is from the one that Apple's scheduler makes where it only comes near: both by torch."""
 
-import gc
-
 import numpy as np
 
 from hypersd_export.diffusion import GuidanceKind, PlanFile, initial_noise
 from hypersd_export.diffusion.apple import play, plays_exactly
 from hypersd_export.graphs.spec import Shapes
+from hypersd_export.model.pages import release
 from hypersd_export.verify.metrics import psnr, reported
 from hypersd_export.verify.reference import decode, denoise, network, prompt_states, to_uint8, unscale
 from hypersd_export.verify.source import Source
@@ -29,7 +28,7 @@ def psnr_as_played(source: Source, plans: PlanFile, shapes: Shapes, *, prompt: s
         theirs = play(network(unet, guidance, cond=cond, uncond=other), noise, entry.steps)
         latents[entry.steps] = ours, theirs.astype(np.float32)
     del unet
-    gc.collect()
+    release()
     vae, _ = source.load("vae", torch.float32)
     pictures = {n: [to_uint8(decode(vae, unscale(vae, z))) for z in pair] for n, pair in latents.items()}
     return {steps: round(reported(psnr(theirs, ours)), 2) for steps, (ours, theirs) in pictures.items()}

@@ -5,7 +5,6 @@ decoder, and the encoder on the decoded pictures, one component in memory at a t
 one op, and the scan of `range_scan`.
 """
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 
 from hypersd_export.diffusion import GuidanceKind, PlanFile
 from hypersd_export.graphs.spec import Shapes
+from hypersd_export.model.pages import release
 from hypersd_export.targets.onnx_fp16 import HALF_MAX
 from hypersd_export.verify.gates import finite
 from hypersd_export.verify.range_scan import LIMIT, SCAN_SEED, scan_prompts
@@ -63,7 +63,7 @@ def norm_spreads(
                 for n, cond in enumerate(states)
             ]
     del unet
-    gc.collect()
+    release()
     vae, _ = source.load("vae", torch.float32)
     progress("group norms: vae")
     with watched(vae) as found["vae"]:

@@ -14,7 +14,6 @@ onnx_ir and onnxruntime are imported inside.
 """
 
 import functools
-import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ import numpy.typing as npt
 from hypersd_export.bundle.texts import Encoder
 from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, initial_noise, run, step_noise
 from hypersd_export.graphs.spec import Component, Shapes
+from hypersd_export.model.pages import release
 from hypersd_export.runtime.groups import groups
 from hypersd_export.runtime.text import TIME_IDS, SizeHints, Text, apart, rows, text_of, zeros
 from hypersd_export.targets import onnx, onnx_fp16
@@ -146,7 +146,7 @@ def scan(
         result = use(probe)
         found[component] = ranges(onnx_fp16.read(graphs[component]), probe.largest)
         del probe
-        gc.collect()  # the session holds the component's weights, and the next one needs the room
+        release()  # the session holds the component's weights, and the next one needs the room
         return result
 
     encoded = [

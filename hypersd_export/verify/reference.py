@@ -3,7 +3,6 @@
 Deliberately not through `hypersd_export.graphs`: a wrapper that forgot `post_quant_conv` would agree with itself.
 """
 
-import gc
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.diffusion import Guidance, GuidanceKind, StepTable, initial_noise, run, step_noise
 from hypersd_export.graphs.components import guidance_embedding
 from hypersd_export.graphs.spec import Shapes
+from hypersd_export.model.pages import release
 from hypersd_export.runtime.text import TIME_IDS, SizeHints, Text, rows, text_of, zeros
 from hypersd_export.verify.range_scan import encode_prompts
 from hypersd_export.verify.source import Source
@@ -55,7 +55,7 @@ def prompt_states(source: Source, texts: Sequence[str], shapes: Shapes, *, negat
         module, _ = source.load(encoder.component, torch.float32)
         outputs.append([text_outputs(module, row[None]) for row in ids])
         del module
-        gc.collect()
+        release()
     found = [seen(source, each, shapes) for each in zip(*outputs, strict=True)]
     if negative and not texts[-1] and source.base.zero_empty:
         found[-1] = nothing(found[-1])

@@ -4,7 +4,6 @@ What it is fed is what the network sees when the pipeline draws: prompts, noise 
 the gates or the golden picture have. An error is squared and relative to the output's own square.
 """
 
-import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from hypersd_export.diffusion import GuidanceKind, PlanEntry
 from hypersd_export.graphs.spec import Shapes
+from hypersd_export.model.pages import release
 from hypersd_export.runtime.graph import filled
 from hypersd_export.runtime.ports import Port, Ports
 from hypersd_export.verify.coreml import InterpretedGraph
@@ -51,7 +51,7 @@ def calls_of(source: Source, entry: PlanEntry, shapes: Shapes) -> list[Feeds]:
     for number, cond in enumerate(states):
         denoise(unet, entry.table, guidance, cond=cond, uncond=uncond, seed=SEED + number, shape=shape)
     del unet
-    gc.collect()
+    release()
     return [calls[0], calls[-1]]
 
 

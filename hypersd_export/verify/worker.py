@@ -6,7 +6,6 @@ the request's `out`; lines on standard output say how far it is. In a process of
 memory.
 """
 
-import gc
 import json
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from hypersd_export.bundle.packages import PIPELINE
 from hypersd_export.bundle.texts import Encoder, encoders_of
 from hypersd_export.diffusion import GuidanceKind, PlanEntry, PlanFile, philox_normal
 from hypersd_export.graphs.spec import Component
+from hypersd_export.model.pages import release
 from hypersd_export.runtime.graph import Graph, Runtime, filled
 from hypersd_export.runtime.text import Text, rows
 from hypersd_export.targets import Target
@@ -154,7 +154,7 @@ def _verify(run: Verification) -> dict[str, Any]:
     request, plans = run.request, run.plans
     for stage in (_tokenizers, _text_encoders, _unet, _vae):
         stage(run)
-        gc.collect()
+        release()
     entry = plans.default
     write_golden(
         request.out / "golden",
@@ -269,7 +269,7 @@ def _unet(run: Verification) -> None:
         calls = full(calls, module, tables, guidance, text=_unet_texts(run, more), more=more, seed=GATE_SEED)
     corners = run.corners(Component.UNET, module)
     del module
-    gc.collect()
+    release()
     gate, graph = run.gate(Component.UNET, COMPONENT_DB[request.precision]), run.graph(Component.UNET)
     text = _unet_texts(run, request.shapes.batch)
     for (t, _), (sample, reference) in calls.items():
@@ -310,7 +310,7 @@ def _vae(run: Verification) -> None:
     encoded = {name: encode(module, view) for name, view in views.items()}
     corners = {part: run.corners(part, module) for part in (Component.VAE_DECODER, Component.VAE_ENCODER)}
     del module
-    gc.collect()
+    release()
     gate, graph = run.gate(Component.VAE_DECODER, COMPONENT_DB[request.precision]), run.graph(Component.VAE_DECODER)
     for name, z in codes.items():
         gate.compare(graph.run(latent_sample=z)["sample"], decoded[name], f"for {name}")

@@ -150,11 +150,17 @@ def all_blocks(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_export_for_processors_has_them_and_its_gates_pass(tiny_spec, tmp_path, all_blocks, precision):
     spec = replace(tiny_spec, precision=precision, jobs=1, out=tmp_path / "bundle", cache_dir=tmp_path / "cache")
-    parity = export(spec, isolate=False).manifest.parity
+    manifest = export(spec, isolate=False).manifest
+    parity, records = manifest.parity, manifest.targets["onnx"]["components"]
+    assert "layout" not in records["text_encoder"]
     assert min(figures["psnr_db"] for figures in parity.values()) > (90 if precision == "fp32" else 45)
     for component in DRAWING:
         blocks = onnx_fp16.read(spec.out / component / target.MODEL_FILE)
-        assert any(node.name.endswith(".blocks") for node in blocks.graph)
+        found = sum(node.name.endswith(".blocks") for node in blocks.graph)
+        gates = sum(node.name.endswith(".1.sum") for node in blocks.graph)
+        assert records[component]["layout"] == {"attention in blocks": found, "gates by themselves": gates}
+        assert found > 0
+        assert (gates > 0) == (component is Component.UNET)
         whole = onnx_fp16.read(spec.out / component / target.MODEL_FILE)
         assert onnx_cpu.undo(whole) > 0
         assert not any(".blocks" in node.name and node.op_type == "Concat" for node in whole.graph)

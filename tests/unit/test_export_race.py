@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks import export_race
-from benchmarks.export_race import stages, summary, timed
+from benchmarks.export_race import race, stages, summary, timed
 from hypersd_export.errors import HypersdError
 from tests.bundles import seal
 
@@ -35,6 +35,27 @@ def test_the_summary_is_of_medians():
     assert done["median"]["our export alone"] == {"s": 25.0, "mb": 1250.0}
     assert done["optimum_over_ours"] == {"whole command": 3.0, "export alone": 4.8}
     assert done["verification"] == {"s": pytest.approx(1181.0), "mb": 14373.0, "over_export": pytest.approx(47.24)}
+
+
+def test_all_run_in_turn_and_the_lora_only_where_one_is_given(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def ours(pipeline, scratch, *options, lora="none"):
+        assert scratch.is_dir()
+        asked.append((lora, "--no-verify" in options))
+        return {"s": 2.0, "mb": 1.0, "stages": STAGES}
+
+    monkeypatch.setattr(export_race, "ours", ours)
+    monkeypatch.setattr(export_race, "optimums", lambda *_: asked.append("optimum") or {"s": 10.0, "mb": 3.0})
+    done = race(tmp_path, 2, None)
+    assert asked == [("none", True), "optimum"] * 2 + [("none", False)]
+    assert set(done["rounds"]) == {"ours", "optimum"}
+    asked.clear()
+    done = race(tmp_path, 1, tmp_path / "l.safetensors")
+    assert asked == [("none", True), "optimum", (str(tmp_path / "l.safetensors"), True), ("none", False)]
+    assert done["median"]["ours with a LoRA"] == {"s": 2.0, "mb": 1.0}
+    assert done["optimum_over_ours"]["whole command"] == 5.0
+    assert "round 1: ours with a LoRA 2.0 s, 1 MB" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_is_one_line(tmp_path, monkeypatch):

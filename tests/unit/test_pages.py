@@ -1,6 +1,8 @@
 """model/pages.py: mapped weights leave memory, and come again as they were."""
 
+import platform
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,42 @@ def test_weights_that_were_changed_in_place_stay(tmp_path):
     assert float(weight.sum()) == 5.0
 
 
+def anonymous() -> int:
+    """Bytes of this process that are no file's."""
+    text = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Anonymous:")) * 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc_trim")
+def test_what_was_freed_goes_back_to_the_system():
+    blocks = [bytearray(b"x" * 100_000) for _ in range(1_000)]  # below what the C library maps one by one
+    last = blocks[-1]  # which keeps the heap from ending before it
+    full = anonymous()
+    blocks.clear()
+    pages.release()
+    assert full - anonymous() > 60_000_000
+    assert last == b"x" * 100_000
+
+
+def test_what_is_in_cycles_goes():
+    class Node:
+        pass
+
+    node = Node()
+    node.me, gone = node, weakref.ref(node)
+    del node
+    pages.release()
+    assert gone() is None
+
+
 def test_elsewhere_nothing_happens(monkeypatch):
     monkeypatch.setattr(pages.sys, "platform", "darwin")
     monkeypatch.setattr(pages.ctypes, "CDLL", None)
     assert pages.drop_pages() == 0
+    pages.trim()
+
+
+def test_another_c_library_has_no_trim(monkeypatch):
+    monkeypatch.setattr(pages.sys, "platform", "linux")
+    monkeypatch.setattr(pages.ctypes, "CDLL", lambda _: object())
+    pages.trim()
