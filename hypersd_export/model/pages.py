@@ -10,7 +10,7 @@ SMAPS = Path("/proc/self/smaps")
 MADV_DONTNEED = 4
 """Of Linux, for madvise(2): drop a mapping's pages; they are read from the file again when they are touched."""
 
-RELIEF_BYTES = 200_000_000
+RELIEF_BYTES = 400_000_000
 """So much of mapped weights at most is resident while they are read one by one."""
 
 
