@@ -215,10 +215,10 @@ def fuse_all(
             if name in found else None
             for each, found in zip(fusions, matched, strict=True)
         ]  # fmt: skip
-        new = None if dtype is None else torch.empty_like(target.weight, dtype=dtype)
-        _add(target.weight, [gain for gain in gains if gain is not None], new)
-        if new is not None:
-            target.weight = torch.nn.Parameter(new, requires_grad=False)
+        old = target.weight
+        if dtype is not None:  # put in place first: what is proven is what the module has
+            target.weight = torch.nn.Parameter(torch.empty_like(old, dtype=dtype), requires_grad=False)
+        _add(old, [gain for gain in gains if gain is not None], None if dtype is None else target.weight)
         return gains
 
     names = list(dict.fromkeys(name for found in matched for name in found))
@@ -236,7 +236,7 @@ def fuse_all(
 
 def _side_by_side(function: Callable[[str], Result], names: Sequence[str]) -> Iterator[Result]:
     """The results in their order, each of one thread. Ops that are shared out among threads wait for the slowest at
-    every end, which takes three times as long where another process has one of the cores."""
+    the end of each, which is long where another process has one of the cores."""
     import torch
 
     threads = torch.get_num_threads()
@@ -289,6 +289,7 @@ def _add(weight: "torch.Tensor", gains: Sequence[_Gain], new: "torch.Tensor | No
                 gain.squares[number] += float(torch.dot(flat, flat))
         if new is not None:
             new[start : start + rows].copy_(part)
+            _check_kept(new[start : start + rows], part, gains[-1].what)
 
 
 def _report(fusion: Fusion, gains: dict[str, _Gain], *, component: str, dtype: "torch.dtype") -> FuseReport:
@@ -316,14 +317,19 @@ def _prove(
     before: "torch.Tensor", change: "torch.Tensor", weight: "torch.Tensor", what: str
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """What each element gained, and that less the delta; LoraError unless the weight is their sum, rounded once."""
+
+    _check_kept(weight, before + change, what)
+    gained = weight.float() - before
+    return gained, gained - change
+
+
+def _check_kept(weight: "torch.Tensor", expected: "torch.Tensor", what: str) -> None:
+    """LoraError unless the weight is what was expected of it in float32, rounded to its dtype, and finite."""
     import torch
 
     if not all(end.isfinite() for end in torch.aminmax(weight)):  # either end is NaN if any weight is
-        raise LoraError(f"{what}: overflows {weight.dtype} with this LoRA; load the base in float32 or lower the scale")
-    gained = weight.float() - before
-    error = gained - change
-    if not torch.equal(weight, (before + change).to(weight.dtype)):
-        raise LoraError(
-            f"{what}: did not land, off by {float(error.abs().max()):.3g}; the weights changed under the fusion"
-        )
-    return gained, error
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise LoraError(f"{what}: overflows {kind} with this LoRA; use float32 (--precision fp32) or a lower scale")
+    if not torch.equal(weight, expected.to(weight.dtype)):
+        off = float((weight.float() - expected).abs().max())
+        raise LoraError(f"{what}: did not land, off by {off:.3g}; the weights changed under the fusion")

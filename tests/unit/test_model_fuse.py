@@ -231,14 +231,24 @@ def test_half_precision_weights(tiny_base: Path) -> None:
         for parameter in bfloat.parameters():
             parameter.fill_(1.0)
     refused(bfloat, deltas_of(tiny), "is rounded away in bfloat16")
-    with pytest.raises(LoraError, match=r"overflows torch\.float16"):
+    with pytest.raises(LoraError, match=r"overflows float16 .* use float32 \(--precision fp32\)"):
         fuse(base.load_unet(torch.float16), deltas_of(pairs), scale=1e8, component="unet")
+    with pytest.raises(LoraError, match="overflows float16"):  # the sum is finite in float32, and not what is kept
+        fuse_all(half, [Fusion(deltas=deltas_of(pairs), scale=1e8)], component="unet", dtype=torch.float16)
 
 
 def test_weights_that_change_under_the_fusion_are_noticed(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.ones(2, 2)
     with pytest.raises(LoraError, match=r"did not land, off by 0\.5"):
         fuse_module._prove(weight - 1, torch.full((2, 2), 0.5), weight, "x")
+    deltas, given = deltas_of(random_pairs(unet, ("to_q",))), torch.Tensor.copy_
+
+    def lost(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.dtype == torch.float16 else given(tensor, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", lost)
+    with pytest.raises(LoraError, match=r"did not land|overflows"):  # whatever was in the memory of the new weight
+        fuse_all(unet, [Fusion(deltas=deltas, scale=1.0)], component="unet", dtype=torch.float16)
 
 
 def test_several_in_a_row_add_up(unet: Any) -> None:
