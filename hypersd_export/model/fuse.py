@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 1 << 18  # elements of a weight at once: the float32 copies stay in the cache and cost no memory
+MOST_THREADS = 8  # more would wait for Python's lock, and memory is as fast as it is
 LOST_WARNING = 0.1  # of the delta's norm, rounded away by half-precision weights
 SUMS = ("delta", "weight", "landed", "lost")
 """What is squared and summed: the delta, the weights before, what they gained, and the difference to the delta."""
@@ -242,7 +243,7 @@ def _side_by_side(function: Callable[[str], Result], names: Sequence[str]) -> It
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(min(threads, MOST_THREADS)) as pool:
             yield from pool.map(function, names)
     finally:
         torch.set_num_threads(threads)
