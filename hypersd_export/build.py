@@ -19,11 +19,12 @@ from typing import Any
 from hypersd_export.bundle.cache import Build, Stage
 from hypersd_export.bundle.texts import encoders_of
 from hypersd_export.clock import Clock
-from hypersd_export.component import import_unet
+from hypersd_export.component import Former, import_unet
 from hypersd_export.graphs.spec import COMPRESSIBLE, Component
 from hypersd_export.helper import Helper, pays
 from hypersd_export.job import Job, code_digests, tool_versions
 from hypersd_export.model.pages import trim
+from hypersd_export.refit import former_of
 from hypersd_export.runtime.ports import Ports
 from hypersd_export.targets import Target
 from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE
@@ -197,7 +198,11 @@ class Workshop:
                 if helper is not None and helper.took(component, folder):
                     return {}
                 also = [self.bundle / component / DATA_FILE] if self._publishes(precision) else []
-                return task.build(job.source, component, folder, also)
+                return task.build(job.source, component, folder, also, former(component))
+
+            def former(component: Component) -> Former | None:
+                bundle, look_up = job.spec.refit_from, functools.partial(cache.lookup, names[component])
+                return None if bundle is None else former_of(bundle, depends(component), look_up)
 
             built: dict[Component, Stage] = {}
             for component in dict.fromkeys((*order, *job.components)):
@@ -344,17 +349,13 @@ def onnx_record(graphs: OnnxGraphs, opset: int) -> dict[str, Any]:
         **({} if graphs.quantized is None else {"quantize": graphs.quantized}),
         "opset": opset,
         "components": {
-            component.value: note["built"] | _layout_record(note) | _range_record(graphs, component, note)
+            component.value: note["built"] | _range_record(graphs, component, note)
+                | ({"layout": note["layout"]} if note.get("layout") else {})
             for component, note in notes.items()
         },
         "fused": [report for component, note in notes.items() if component is not Component.VAE_ENCODER
                   for report in note["fused"]],
     }  # fmt: skip
-
-
-def _layout_record(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """How many layers of a graph are laid out for processors, by their kind, where any are looked for."""
-    return {"layout": notes["layout"]} if notes.get("layout") else {}
 
 
 def _range_record(graphs: OnnxGraphs, component: Component, notes: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,35 @@ from typing import Any
 from hypersd_export import collector
 from hypersd_export.bundle.span import Span
 from hypersd_export.graphs.span import free_axes, traced_with
-from hypersd_export.graphs.spec import DRAWING, Component, Shapes
+from hypersd_export.graphs.spec import DRAWING, Component, Graph, Shapes
 from hypersd_export.verify.source import Source, SourceRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Former:
+    """A component that was exported with other LoRAs: its stage's folder, and the modules that those changed."""
+
+    stage: Path
+    modules: frozenset[str]
+
+    def refill(
+        self, graph: Graph, module: Any, fused: Sequence[Mapping[str, Any]], folder: Path, also: Sequence[Path]
+    ) -> tuple[dict[str, str], dict[str, Any]] | None:
+        """The former graph with the weights of what these or the new LoRAs change: digests, and what build.json says.
+
+        None, and nothing is written, where a graph does not hold those weights as they are (`targets.onnx_refill`).
+        """
+        from hypersd_export.targets import onnx_refill
+
+        changed = self.modules.union(*(report["relative_norms"] for report in fused))
+        weights = {id(module.get_submodule(name).weight) for name in changed}
+        parameters = {name: weight for name, weight in graph.module.named_parameters() if id(weight) in weights}
+        if len(parameters) < len(weights):
+            return None
+        digests = onnx_refill.refill(self.stage, parameters, folder, also=also)
+        if digests is None:
+            return None
+        return digests, json.loads((self.stage / "build.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,17 +75,21 @@ class ComponentTask:
             "span": Span.of(data),
         })  # fmt: skip
 
-    def build(self, source: Source, component: Component, folder: Path, also: Sequence[Path] = ()) -> dict[str, str]:
+    def build(
+        self, source: Source, component: Component, folder: Path, also: Sequence[Path] = (),
+        former: Former | None = None,
+    ) -> dict[str, str]:  # fmt: skip
         """Write `model.onnx`, `config.json` and `build.json`, which says how it went, into `folder`.
 
         `source` is `self.source`, opened. Weights that are in a file beside the graph go into each of `also` too; the
-        SHA-256 of that file is returned by its name. Raises `ModelError` and `LoraError` in one line.
+        SHA-256 of that file is returned by its name. `former` is the same of the same base with other LoRAs: where it
+        can be, its graph is taken and nothing is traced. Raises `ModelError` and `LoraError` in one line.
         """
         import torch
 
         from hypersd_export.graphs.components import build_graph, component_config
         from hypersd_export.model.pages import drop_pages
-        from hypersd_export.targets import onnx, onnx_cpu, onnx_fp16
+        from hypersd_export.targets import onnx_fp16
 
         half = self.precision == "fp16"
         module, fused = source.load(component.source, torch.float16 if half else torch.float32)
@@ -72,19 +103,27 @@ class ComponentTask:
             shapes, axes = traced_with(self.span, self.shapes), free_axes(self.span, component, self.shapes)
         graph = dataclasses.replace(build_graph(component, module, shapes, embedded_guidance=guidance), axes=axes)
         with collector.collected_after():  # exported programs are full of cycles, and the next component needs the room
-            for_cpu = self.for_cpu and component in DRAWING
-            layout: dict[str, int] = {}
-            edit = (lambda model: layout.update(onnx_cpu.lay_out(model))) if for_cpu else None
-            if half:
-                wide = onnx_cpu.WIDE if for_cpu else ()
-                built = onnx_fp16.build(graph, folder, opset=self.opset, edit=edit, wide=wide, also=also)
-            else:
-                built = onnx.build(graph, folder, opset=self.opset, edit=edit, also=also)
-        digests = onnx.digests(built)
+            refilled = None if former is None else former.refill(graph, module, fused, folder, also)
+            digests, notes = self._traced(graph, component, folder, also) if refilled is None else refilled
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        notes = {"built": built, "fused": fused, "fp32_nodes": [], "layout": layout}
-        (folder / "build.json").write_text(json.dumps(notes), encoding="utf-8")
+        (folder / "build.json").write_text(json.dumps(notes | {"fused": fused}), encoding="utf-8")
         return digests
+
+    def _traced(
+        self, graph: Graph, component: Component, folder: Path, also: Sequence[Path]
+    ) -> tuple[dict[str, str], dict[str, Any]]:
+        """The graph, traced and translated: digests, and what build.json says of it."""
+        from hypersd_export.targets import onnx, onnx_cpu, onnx_fp16
+
+        for_cpu = self.for_cpu and component in DRAWING
+        layout: dict[str, int] = {}
+        edit = (lambda model: layout.update(onnx_cpu.lay_out(model))) if for_cpu else None
+        if self.precision == "fp16":
+            wide = onnx_cpu.WIDE if for_cpu else ()
+            built = onnx_fp16.build(graph, folder, opset=self.opset, edit=edit, wide=wide, also=also)
+        else:
+            built = onnx.build(graph, folder, opset=self.opset, edit=edit, also=also)
+        return onnx.digests(built), {"built": built, "fp32_nodes": [], "layout": layout}
 
 
 def import_unet() -> None:

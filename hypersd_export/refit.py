@@ -1,15 +1,18 @@
 """`hypersd-export refit`: a bundle again, with another LoRA and all else as it was.
 
 The options stand in the bundle's manifest, so that nothing has to be said twice; the plan is chosen as an export would
-with the new LoRA. ONNX graphs that a LoRA touches are written again, the others come out of the cache. TensorRT engines
-that were built with `--weights refit` or `stripped` get the new weights on the GPU, without another build.
+with the new LoRA. ONNX graphs that a LoRA touches are the former ones with other weights (`targets.onnx_refill`): every
+file is what a fresh export writes. The others come out of the cache, and where that does not have a former graph any
+more it is exported again. TensorRT engines that were built with `--weights refit` or `stripped` get the new weights on
+the GPU, without another build.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hypersd_export.bundle.manifest import Manifest, read_manifest
+from hypersd_export.component import Former
 from hypersd_export.errors import BundleError, OptionError
 from hypersd_export.spec import CoreMLFlags, DynamicFlags, EngineFlags, ExportSpec, PlanFlags
 from hypersd_export.targets import PRECISIONS, Target
@@ -120,6 +123,24 @@ def _engine_flags(target: Mapping[str, Any]) -> EngineFlags:
         weights=target["weights"],
         level=first["options"]["optimization_level"],
     )
+
+
+def former_of(
+    bundle: Path, depends: Mapping[str, Any], lookup: Callable[[Mapping[str, Any]], Path | None]
+) -> Former | None:
+    """The component of a bundle that is refitted, out of the cache; None if it is not there any more.
+
+    `depends`: what the new one depends on; `lookup`: the folder of the stage that depends on this, if there is one.
+    """
+    manifest, component = read_manifest(bundle), depends["component"]
+    fused = [
+        each for each in manifest.targets.get(Target.ONNX.value, {}).get("fused", ()) if each["component"] == component
+    ]
+    digests = {(lora["file"], lora["scale"]): lora["digest"] for lora in manifest.loras}
+    loras = [{"digest": digests.get((each["file"], each["scale"])), "scale": each["scale"]} for each in fused]
+    stage = lookup({**depends, "loras": loras})
+    modules = frozenset(name for each in fused for name in each["relative_norms"])
+    return None if stage is None else Former(stage=stage, modules=modules)
 
 
 def check_same_base(bundle: Path, digest: str) -> None:

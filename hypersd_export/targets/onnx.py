@@ -56,11 +56,17 @@ def build(
     A data file is written to each of `also` too, and its SHA-256 is the result's `DIGEST`, to be taken out of it.
     One of an earlier build is never left behind. Raises `MissingBackend` without onnx or onnxscript.
     """
+    from hypersd_export.targets import onnx_refill
+
     check_options(opset=opset)
-    model, weights = _export(graph, opset)
+    model, weights, uses = _export(graph, opset)
     if edit is not None:
         edit(model)
-    written = write(model, folder, precision=precision, external=external, also=also)
+    origins = onnx_refill.origins(model, [value for value in weights if uses[str(value.name)] == 1])
+    shared = clean(model)
+    written = _written(model, folder, precision=precision, external=external, also=also)
+    alone = [name for name in origins if name in model.graph.initializers and name not in shared]
+    onnx_refill.note({name: origins[name] for name in alone}, weights, folder)
     let_go((*weights, *model.graph.initializers.values()))
     return written
 
@@ -76,8 +82,15 @@ def write(
     model: "onnx_ir.Model", folder: Path, *, precision: str, external: bool | None = None, also: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """Clean a model, save it as `folder/model.onnx` and check it; arguments and result as in `build`."""
-    inputs, outputs = ([str(value.name) for value in side] for side in (model.graph.inputs, model.graph.outputs))
     clean(model)
+    return _written(model, folder, precision=precision, external=external, also=also)
+
+
+def _written(
+    model: "onnx_ir.Model", folder: Path, *, precision: str, external: bool | None, also: Sequence[Path]
+) -> dict[str, Any]:
+    """`write` of a model that is clean."""
+    inputs, outputs = ([str(value.name) for value in side] for side in (model.graph.inputs, model.graph.outputs))
     folder.mkdir(parents=True, exist_ok=True)
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external is None:
@@ -99,8 +112,8 @@ def digests(written: dict[str, Any]) -> dict[str, str]:
     return {DATA_FILE: written.pop(DIGEST)} if DIGEST in written else {}
 
 
-def _export(graph: Graph, opset: int) -> "tuple[onnx_ir.Model, list[onnx_ir.Value]]":
-    """The exporter's optimised model, and the values of all weights that it began with."""
+def _export(graph: Graph, opset: int) -> "tuple[onnx_ir.Model, list[onnx_ir.Value], dict[str, int]]":
+    """The exporter's optimised model, the values of all weights that it began with, and how often it used each."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -111,8 +124,9 @@ def _export(graph: Graph, opset: int) -> "tuple[onnx_ir.Model, list[onnx_ir.Valu
         program = _translate(graph, opset)
         assert program is not None, "the dynamo exporter returns its program"
         weights = list(program.model.graph.initializers.values())
+        uses = {str(value.name): len(tuple(value.uses())) for value in weights}
         optimise(program.model)
-    return program.model, weights
+    return program.model, weights, uses
 
 
 def _translate(graph: Graph, opset: int) -> "torch.onnx.ONNXProgram | None":
@@ -200,12 +214,15 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def clean(model: "onnx_ir.Model") -> None:
-    """Share equal initialisers and subexpressions, drop what is unused, and clear metadata, doc strings, value_info."""
+def clean(model: "onnx_ir.Model") -> set[str]:
+    """Share equal initialisers and subexpressions, drop what is unused, and clear metadata, doc strings, value_info.
+
+    Returns the names of the initialisers that stand for several now.
+    """
     from onnx_ir import passes
     from onnx_ir.passes import common
 
-    _share_initializers(model)
+    shared = _share_initializers(model)
     _lay_out_initializers(model)
     passes.Sequential(
         common.ClearMetadataAndDocStringPass(),
@@ -217,16 +234,22 @@ def clean(model: "onnx_ir.Model") -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
+    forget_types(model)
+    return shared
+
+
+def forget_types(model: "onnx_ir.Model") -> None:
+    """Have no value_info written: shapes are inferred, and an initialiser carries its own."""
     interface = {*model.graph.inputs, *model.graph.outputs}
     inner = {*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)}
     for value in interface | inner:
         value.metadata_props.clear()
-    for value in inner - interface:  # no value_info: shapes are inferred, and an initialiser carries its own
+    for value in inner - interface:
         value.shape = None
         value.type = None
 
 
-def _share_initializers(model: "onnx_ir.Model") -> None:
+def _share_initializers(model: "onnx_ir.Model") -> set[str]:
     """Keep one of all equal initialisers. Their bytes are compared only where type, shape and a sample are the same.
 
     onnx_ir's own passes do not serve: one keeps a copy of every weight as a dictionary key, the other refuses arrays
@@ -235,7 +258,7 @@ def _share_initializers(model: "onnx_ir.Model") -> None:
     import numpy as np
 
     graph = model.graph
-    outputs = set(graph.outputs)
+    outputs, shared = set(graph.outputs), set()
     alike: dict[tuple[Any, tuple[int, ...], bytes], list[onnx_ir.Value]] = {}
     for value in tuple(graph.initializers.values()):
         if value in outputs:
@@ -248,6 +271,8 @@ def _share_initializers(model: "onnx_ir.Model") -> None:
         else:
             value.replace_all_uses_with(first)
             del graph.initializers[value.name]
+            shared.add(str(first.name))
+    return shared
 
 
 def _sample(array: "npt.NDArray[Any]") -> bytes:
