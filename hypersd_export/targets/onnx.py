@@ -289,11 +289,10 @@ def _bits(array: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
 
 def _lay_out_initializers(model: "onnx_ir.Model") -> None:
     """Have transposed weights copied as they are written, one at a time: numpy would write them element by element."""
-    import numpy as np
     import onnx_ir
 
     def laid_out(array: "npt.NDArray[Any]") -> onnx_ir.Tensor:
-        return onnx_ir.Tensor(np.ascontiguousarray(array))
+        return onnx_ir.Tensor(contiguous(array))
 
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -302,6 +301,16 @@ def _lay_out_initializers(model: "onnx_ir.Model") -> None:
             value.const_value = onnx_ir.LazyTensor(
                 functools.partial(laid_out, array), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name
             )
+
+
+def contiguous(array: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
+    """A copy in C's order. torch copies a transposed matrix by tiles, in two fifths of numpy's time."""
+    import numpy as np
+    import torch
+
+    if array.dtype not in (np.float16, np.float32) or not array.flags.writeable:  # torch warns of those
+        return np.ascontiguousarray(array)
+    return torch.from_numpy(array).contiguous().numpy()
 
 
 def save(

@@ -131,7 +131,6 @@ def refill(
 
 def _laid_out(tensor: "torch.Tensor") -> "onnx_ir.Tensor":
     """A weight as it is written, one at a time."""
-    import numpy as np
     import onnx_ir
 
-    return onnx_ir.Tensor(np.ascontiguousarray(tensor.numpy()))
+    return onnx_ir.Tensor(tensor.contiguous().numpy())

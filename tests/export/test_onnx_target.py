@@ -14,6 +14,7 @@ from hypersd_export.graphs.components import build_graph
 from hypersd_export.graphs.spec import Component, Graph, Shapes
 from hypersd_export.targets import onnx_fp16
 from hypersd_export.targets.onnx import DATA_FILE, MODEL_FILE, build, clean, save
+from hypersd_export.targets.onnx_refill import ORIGINS
 
 
 class Twins(torch.nn.Module):
@@ -51,7 +52,7 @@ def test_names_shapes_and_values(graph, tmp_path):
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20}
     assert (info["opset"], info["precision"], info["external_data"]) == (20, "fp32", False)
     assert info["nodes"] == len(model.graph.node)
-    assert [path.name for path in tmp_path.iterdir()] == [MODEL_FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {MODEL_FILE, ORIGINS}
     expected = graph.module(*graph.inputs.values()).numpy()
     np.testing.assert_allclose(evaluate(tmp_path, graph), expected, atol=1e-6)
 
@@ -169,7 +170,7 @@ def test_the_same_graph_is_the_same_file(graph, tmp_path):
 def test_external_data_on_request_and_never_a_stale_one(graph, tmp_path):
     info = build(graph, tmp_path, external=True)
     assert info["external_data"]
-    assert {path.name for path in tmp_path.iterdir()} == {MODEL_FILE, DATA_FILE}
+    assert {path.name for path in tmp_path.iterdir()} == {MODEL_FILE, DATA_FILE, ORIGINS}
     assert (tmp_path / DATA_FILE).stat().st_size == 32 * 32 * 4
     [weight] = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph.initializer
     assert {entry.key: entry.value for entry in weight.external_data}["location"] == DATA_FILE
@@ -177,7 +178,7 @@ def test_external_data_on_request_and_never_a_stale_one(graph, tmp_path):
     build(graph, tmp_path, external=True)  # not appended to
     assert (tmp_path / DATA_FILE).stat().st_size == 32 * 32 * 4
     build(graph, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {MODEL_FILE}
+    assert {path.name for path in tmp_path.iterdir()} == {MODEL_FILE, ORIGINS}
     np.testing.assert_array_equal(evaluate(tmp_path, graph), external)
 
 

@@ -60,7 +60,7 @@ def anonymous(model: Any) -> list[tuple[Any, ...]]:
 
 def exported(graph: Graph) -> Any:
     """The graph as the ONNX target has it before it is written."""
-    model, _ = onnx._export(graph, 20)
+    model, *_ = onnx._export(graph, 20)
     onnx.clean(model)
     return model
 
