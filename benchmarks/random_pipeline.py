@@ -144,9 +144,7 @@ def write_lora(folder: Path, path: Path) -> Path:
     config, generator = LoraConfig(), torch.Generator().manual_seed(0)
     deltas = {}
     for name, module in open_base(folder).skeleton("unet").named_modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and f".{name}".endswith(
-            tuple(f".{end}" for end in config.modules)
-        ):
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and name.endswith(config.modules):
             out, *rest = module.weight.shape
             down = torch.randn(config.rank, *rest, generator=generator)
             up = torch.randn(out, config.rank, *(1 for _ in rest[1:]), generator=generator) * 1e-4

@@ -43,8 +43,7 @@ class OnnxGraphs:
     `--single-graph` the `whole` (`pipeline.onnx`, `build.json`).
 
     A component's build.json has `built` (the manifest's figures), `fused` (the proof of each LoRA), `layout` (what was
-    laid out for processors, by its kind) and `fp32_nodes`:
-    the names of the nodes that the range scan keeps in float32.
+    laid out for processors, by its kind) and `fp32_nodes`: the names of the nodes that the range scan keeps in float32.
     """
 
     precision: str

@@ -94,7 +94,7 @@ class ComponentTask:
         half = self.precision == "fp16"
         module, fused = source.load(component.source, torch.float16 if half else torch.float32)
         if half:
-            onnx_fp16.check_weights(module.half(), component)
+            onnx_fp16.check_weights(module, component)
         drop_pages()  # what was copied is not read again, and the rest not before it is saved
         guidance = self.embedded_guidance if component is Component.UNET else None
         config = component_config(component, module, self.shapes) | source.base.marks(component.source)

@@ -1,4 +1,4 @@
-"""Put LoRAs into a module's weights, in place and in float32, with a proof for each module that they landed.
+"""Put LoRAs into a module's weights, summed in float32, with a proof for each module that they landed.
 
     W ← W + scale · alpha / rank · up @ down
 
@@ -8,10 +8,10 @@ is formed in float32 for half-precision weights too.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hypersd_export.errors import LoraError
 from hypersd_export.model.families import Family, family_of_lora
@@ -27,8 +27,6 @@ MOST_THREADS = 8  # more would wait for Python's lock, and memory is as fast as 
 LOST_WARNING = 0.1  # of the delta's norm, rounded away by half-precision weights
 SUMS = ("delta", "weight", "landed", "lost")
 """What is squared and summed: the delta, the weights before, what they gained, and the difference to the delta."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,47 +202,44 @@ def fuse_all(
 
     for fusion in fusions:
         check_scale(fusion.scale, fusion.source)
-    matched = [match(module, each.deltas, component=component, source=each.source) for each in fusions]
+    gains = [
+        {
+            name: _Gain(delta=delta, scale=each.scale, what=f"{each.source}: {component}.{name}")
+            for name, delta in match(module, each.deltas, component=component, source=each.source).items()
+        }
+        for each in fusions
+    ]
     relief = Relief()
 
     @torch.no_grad()
-    def fused(name: str) -> list[_Gain | None]:
+    def add(name: str) -> None:
         target: Any = module.get_submodule(name)
-        relief(target.weight)
-        gains = [
-            _Gain(delta=found[name], scale=each.scale, what=f"{each.source}: {component}.{name}")
-            if name in found else None
-            for each, found in zip(fusions, matched, strict=True)
-        ]  # fmt: skip
         old = target.weight
+        relief(old)
         if dtype is not None:  # put in place first: what is proven is what the module has
             target.weight = torch.nn.Parameter(torch.empty_like(old, dtype=dtype), requires_grad=False)
-        _add(old, [gain for gain in gains if gain is not None], None if dtype is None else target.weight)
-        return gains
+        _add(old, [each[name] for each in gains if name in each], None if dtype is None else target.weight)
 
-    names = list(dict.fromkeys(name for found in matched for name in found))
-    # In place one after the other: mapped memory may not be given back while another thread writes to it.
-    gains = list(map(fused, names) if dtype is None else _side_by_side(fused, names))
+    names = list(dict.fromkeys(name for each in gains for name in each))
+    if dtype is not None:
+        _side_by_side(add, names)
+    else:  # one after the other: mapped memory may not be given back while another thread writes to it
+        for name in names:
+            add(name)
     summed = next(module.parameters()).dtype if dtype is None else torch.float32
-    return [
-        _report(
-            fusion, {name: found for name, each in zip(names, gains, strict=True) if (found := each[number])},
-            component=component, dtype=summed,
-        )
-        for number, fusion in enumerate(fusions)
-    ]  # fmt: skip
+    return [_report(*each, component=component, dtype=summed) for each in zip(fusions, gains, strict=True)]
 
 
-def _side_by_side(function: Callable[[str], Result], names: Sequence[str]) -> Iterator[Result]:
-    """The results in their order, each of one thread. Ops that are shared out among threads wait for the slowest at
-    the end of each, which is long where another process has one of the cores."""
+def _side_by_side(function: Callable[[str], None], names: Sequence[str]) -> None:
+    """Call it with each, in one thread each. Ops that are shared out among threads wait for the slowest at the end of
+    each, which is long where another process has one of the cores."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(min(threads, MOST_THREADS)) as pool:
-            yield from pool.map(function, names)
+            list(pool.map(function, names))
     finally:
         torch.set_num_threads(threads)
 
@@ -318,7 +313,6 @@ def _prove(
     before: "torch.Tensor", change: "torch.Tensor", weight: "torch.Tensor", what: str
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """What each element gained, and that less the delta; LoraError unless the weight is their sum, rounded once."""
-
     _check_kept(weight, before + change, what)
     gained = weight.float() - before
     return gained, gained - change

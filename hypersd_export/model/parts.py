@@ -147,8 +147,8 @@ def load(part: Part, dtype: "torch.dtype | None") -> "torch.nn.Module":
 def cast(module: "torch.nn.Module", dtype: "torch.dtype") -> None:
     """Have all weights in `dtype`, one after the other: mapped files leave memory as they are read."""
     relief = Relief()
-    for parameter in module.parameters():
-        parameter.data = _cast(parameter.data, dtype, relief)
+    for weight in (*module.parameters(), *module.buffers()):
+        weight.data = _cast(weight.data, dtype, relief)
 
 
 def _cast(tensor: "torch.Tensor", dtype: "torch.dtype", relief: Relief) -> "torch.Tensor":

@@ -31,6 +31,8 @@ OPSETS = range(18, 24)
 """What torch.onnx (2.13) can write: 18 is its own opset, 23 its latest."""
 EXTERNAL_DATA_BYTES = 1_500_000_000
 DIGEST = "data_sha256"
+SHARED = "shared"
+"""In the `meta` of an initialiser (which no file has) that stands for several equal ones."""
 
 
 def check_options(*, opset: int) -> None:
@@ -63,10 +65,9 @@ def build(
     if edit is not None:
         edit(model)
     origins = onnx_refill.origins(model, [value for value in weights if uses[str(value.name)] == 1])
-    shared = clean(model)
-    written = _written(model, folder, precision=precision, external=external, also=also)
-    alone = [name for name in origins if name in model.graph.initializers and name not in shared]
-    onnx_refill.note({name: origins[name] for name in alone}, weights, folder)
+    written = write(model, folder, precision=precision, external=external, also=also)
+    kept = {name: value for name, value in model.graph.initializers.items() if SHARED not in value.meta}
+    onnx_refill.note({name: origins[name] for name in origins if name in kept}, weights, folder)
     let_go((*weights, *model.graph.initializers.values()))
     return written
 
@@ -82,15 +83,8 @@ def write(
     model: "onnx_ir.Model", folder: Path, *, precision: str, external: bool | None = None, also: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """Clean a model, save it as `folder/model.onnx` and check it; arguments and result as in `build`."""
-    clean(model)
-    return _written(model, folder, precision=precision, external=external, also=also)
-
-
-def _written(
-    model: "onnx_ir.Model", folder: Path, *, precision: str, external: bool | None, also: Sequence[Path]
-) -> dict[str, Any]:
-    """`write` of a model that is clean."""
     inputs, outputs = ([str(value.name) for value in side] for side in (model.graph.inputs, model.graph.outputs))
+    clean(model)
     folder.mkdir(parents=True, exist_ok=True)
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external is None:
@@ -214,16 +208,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def clean(model: "onnx_ir.Model") -> set[str]:
-    """Share equal initialisers and subexpressions, drop what is unused, and clear metadata, doc strings, value_info.
-
-    Returns the names of the initialisers that stand for several now.
-    """
+def clean(model: "onnx_ir.Model") -> None:
+    """Share equal initialisers and subexpressions, drop what is unused, and clear metadata, doc strings, value_info."""
     from onnx_ir import passes
     from onnx_ir.passes import common
 
-    shared = _share_initializers(model)
-    _lay_out_initializers(model)
+    _share_initializers(model)
+    lay_out_initializers(model)
     passes.Sequential(
         common.ClearMetadataAndDocStringPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -235,7 +226,6 @@ def clean(model: "onnx_ir.Model") -> set[str]:
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
     forget_types(model)
-    return shared
 
 
 def forget_types(model: "onnx_ir.Model") -> None:
@@ -249,8 +239,9 @@ def forget_types(model: "onnx_ir.Model") -> None:
         value.type = None
 
 
-def _share_initializers(model: "onnx_ir.Model") -> set[str]:
-    """Keep one of all equal initialisers. Their bytes are compared only where type, shape and a sample are the same.
+def _share_initializers(model: "onnx_ir.Model") -> None:
+    """Keep one of all equal initialisers, its `meta` marked `SHARED`. Their bytes are compared only where type, shape
+    and a sample are the same.
 
     onnx_ir's own passes do not serve: one keeps a copy of every weight as a dictionary key, the other refuses arrays
     that are not C-contiguous (transposed weights).
@@ -258,7 +249,7 @@ def _share_initializers(model: "onnx_ir.Model") -> set[str]:
     import numpy as np
 
     graph = model.graph
-    outputs, shared = set(graph.outputs), set()
+    outputs = set(graph.outputs)
     alike: dict[tuple[Any, tuple[int, ...], bytes], list[onnx_ir.Value]] = {}
     for value in tuple(graph.initializers.values()):
         if value in outputs:
@@ -271,8 +262,7 @@ def _share_initializers(model: "onnx_ir.Model") -> set[str]:
         else:
             value.replace_all_uses_with(first)
             del graph.initializers[value.name]
-            shared.add(str(first.name))
-    return shared
+            first.meta[SHARED] = True
 
 
 def _sample(array: "npt.NDArray[Any]") -> bytes:
@@ -287,7 +277,7 @@ def _bits(array: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _lay_out_initializers(model: "onnx_ir.Model") -> None:
+def lay_out_initializers(model: "onnx_ir.Model") -> None:
     """Have transposed weights copied as they are written, one at a time: numpy would write them element by element."""
     import onnx_ir
 

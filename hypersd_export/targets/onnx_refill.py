@@ -8,7 +8,6 @@ imported inside.
 """
 
 import bisect
-import functools
 import json
 import math
 from collections import Counter
@@ -112,14 +111,9 @@ def refill(
     model = onnx_ir.load(stage / onnx.MODEL_FILE)
     for name, origin in found.items():
         if origin.parameter in parameters:
-            value, new = model.graph.initializers[name], origin.of(parameters)
-            assert value.const_value is not None
-            value.const_value = onnx_ir.LazyTensor(
-                functools.partial(_laid_out, new),
-                dtype=value.const_value.dtype,
-                shape=onnx_ir.Shape(new.shape),
-                name=name,
-            )
+            view = origin.of(parameters).numpy()
+            model.graph.initializers[name].const_value = onnx_ir.Tensor(view, name=name)
+    onnx.lay_out_initializers(model)
     onnx.forget_types(model)
     digest = onnx.save(model, folder, external=(stage / onnx.DATA_FILE).is_file(), also=also)
     inputs, outputs = ([str(value.name) for value in side] for side in (model.graph.inputs, model.graph.outputs))
@@ -127,10 +121,3 @@ def refill(
     onnx.let_go(model.graph.initializers.values())
     (folder / ORIGINS).write_text(text, encoding="utf-8")
     return {} if digest is None else {onnx.DATA_FILE: digest}
-
-
-def _laid_out(tensor: "torch.Tensor") -> "onnx_ir.Tensor":
-    """A weight as it is written, one at a time."""
-    import onnx_ir
-
-    return onnx_ir.Tensor(tensor.contiguous().numpy())
